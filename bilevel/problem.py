@@ -1,0 +1,331 @@
+"""What is asked: inner problems (each defines its optimality F(x, y) = 0) and the bilevel problem over them.
+
+An inner problem says what its solution is and how dF/dy is structured; it says nothing about derivatives in x.
+The engine asks the questions of `AbstractInner` and never tests for a class.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree, Scalar
+
+from ._trees import check_like
+
+__all__ = ["AbstractBilevelProblem", "AbstractInner", "BilevelProblem", "FixedPoint", "Minimization", "Root"]
+
+
+class _Opaque(eqx.Module):
+    """A plain function: compared by identity, without leaves, so that mapping over a problem meets data only."""
+
+    function: Callable = eqx.field(static=True)
+
+    def __call__(self, *args, **kwargs):
+        return self.function(*args, **kwargs)
+
+
+def as_node(function: Any) -> Any:
+    """The function itself where it is a tree with leaves of its own, else an opaque node around it."""
+    if function is None or isinstance(function, _Opaque):
+        return function
+    return _Opaque(function) if jax.tree_util.all_leaves([function]) else function
+
+
+def as_given(node: Any) -> Any:
+    """What the user passed to `as_node`."""
+    return node.function if isinstance(node, _Opaque) else node
+
+
+def _callable(function: Any, owner: str, argument: str) -> Any:
+    if not callable(function):
+        raise TypeError(f"bilevel.{owner}: `{argument}` must be a function (x, y) -> …, found {function!r}.")
+    return as_node(function)
+
+
+def _check_scalar(shape: Any, owner: str, argument: str) -> None:
+    leaves = jax.tree.leaves(shape)
+    if len(leaves) != 1 or leaves[0].shape != ():
+        found = [leaf.shape for leaf in leaves]
+        raise ValueError(
+            f"bilevel.{owner}: `{argument}` must return one scalar (shape ()), found shape(s) {found}. "
+            "Sum or average it; return further results with has_aux=True where that is offered."
+        )
+    if not jnp.issubdtype(leaves[0].dtype, jnp.floating):
+        raise ValueError(f"bilevel.{owner}: `{argument}` must return a floating scalar, found {leaves[0].dtype}.")
+
+
+class AbstractInner(eqx.Module):
+    """An inner problem: `optimality(x, y)` is F, of y's structure, and zero at the solution y*(x).
+
+    What the engine asks besides, each with a default:
+
+    - `minimizes`: F is the gradient of `objective_at`, which a minimizer may be given;
+    - `symmetric`: dF/dy is symmetric; `definite`: it must be positive definite (a strict minimum);
+    - `operator_at(x, y)`: dF/dy as a lineax operator on y's structure, or None: autodiff;
+    - `linear_solver`: who solves with that operator (a `bilevel` or lineax solver), or None: chosen by size;
+    - `gauge_part(x, v)`: the part of v along which the solution may slide, or None: the solution is unique;
+    - `default_solver`: who finds y when the user names nobody, or None: the library's default for the kind;
+    - `objective_at(x, y)`: the scalar being minimized, or None;
+    - `aux_at(x, y)`: what the user's function returns besides, or None;
+    - `size_of_error(x, y, F, step)`: (error, scale) by which `solve` judges its rtol, or None: the norm of the
+      Newton step against the norm of y;
+    - `initial()`: a y to start from (plugins).
+    """
+
+    @abc.abstractmethod
+    def optimality(self, x: PyTree, y: PyTree) -> PyTree:
+        """F(x, y), of y's structure."""
+
+    @property
+    def symmetric(self) -> bool:
+        return False
+
+    @property
+    def definite(self) -> bool:
+        return False
+
+    @property
+    def minimizes(self) -> bool:
+        return False
+
+    @property
+    def linear_solver(self) -> Any:
+        return None
+
+    @property
+    def default_solver(self) -> Any:
+        return None
+
+    def operator_at(self, x: PyTree, y: PyTree) -> Any:
+        return None
+
+    def gauge_part(self, x: PyTree, v: PyTree) -> PyTree | None:
+        return None
+
+    def objective_at(self, x: PyTree, y: PyTree) -> Scalar | None:
+        return None
+
+    def aux_at(self, x: PyTree, y: PyTree) -> PyTree:
+        return None
+
+    def size_of_error(self, x: PyTree, y: PyTree, residual: PyTree, step: PyTree) -> Any:
+        return None
+
+    def check(self, x: PyTree, y: PyTree) -> None:
+        """Raises ValueError unless F can be evaluated at (x, y) and has y's structure and shapes (shapes only)."""
+        name = type(self).__name__
+        check_like(jax.eval_shape(self.optimality, x, y), y, name, "the optimality F(x, y)", "y")
+
+    def initial(self) -> PyTree:
+        """A y to start from; not every inner problem knows one."""
+        raise ValueError(f"bilevel.{type(self).__name__}: this inner problem knows no starting point; pass y0.")
+
+
+def project_on_gauge(gauge: Any, v: PyTree) -> PyTree | None:
+    """The part of v along the declared gauge (a projector, or a list of directions like y), or None."""
+    if gauge is None:
+        return None
+    if callable(gauge):
+        return gauge(v)
+    directions = []
+    for u in gauge:  # Gram-Schmidt: a handful of directions, any y
+        for w in directions:
+            overlap = _inner(w, u)
+            u = jax.tree.map(lambda a, b, c=overlap: a - c.astype(a.dtype) * b, u, w)
+        length = jnp.sqrt(_inner(u, u))
+        directions.append(jax.tree.map(lambda a, s=length: a / s.astype(a.dtype), u))
+    part = jax.tree.map(jnp.zeros_like, v)
+    for u in directions:
+        overlap = _inner(u, v)
+        part = jax.tree.map(lambda p, a, c=overlap: p + c.astype(p.dtype) * a.astype(p.dtype), part, u)
+    return part
+
+
+def _inner(a: PyTree, b: PyTree) -> jax.Array:
+    with jax.numpy_dtype_promotion("standard"):
+        return sum(jnp.vdot(p, q) for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))  # type: ignore
+
+
+def _structure(operator: Any, gauge: Any) -> tuple[Any, Any]:
+    if operator is not None and not callable(operator):
+        raise TypeError("bilevel: `operator` must be a function (x, y) -> lineax operator.")
+    return as_node(operator), as_node(gauge) if callable(gauge) else gauge
+
+
+class _Structured(AbstractInner):
+    """What `Minimization`, `Root` and `FixedPoint` share: a declared operator and a declared gauge."""
+
+    _operator: Any
+    _gauge: Any
+
+    @property
+    def operator(self) -> Any:
+        return as_given(self._operator)
+
+    @property
+    def gauge(self) -> Any:
+        return as_given(self._gauge)
+
+    def operator_at(self, x, y):
+        return None if self._operator is None else self._operator(x, y)
+
+    def gauge_part(self, x, v):
+        return project_on_gauge(self._gauge, v)
+
+
+class Minimization(_Structured):
+    """y*(x) minimizes `objective(x, y)`, a floating scalar; F is its gradient in y.
+
+    **Arguments:** `objective(x, y) -> scalar` (with `has_aux=True`: `(scalar, aux)`). A plain function, a
+    `jax.tree_util.Partial` or an `equinox.Module`; arrays held by the latter two are leaves of the problem, so
+    that new data of the same shape do not recompile. `operator(x, y)`: the Hessian in y as a lineax operator on
+    y's structure, symmetric. `gauge`: a projector `v -> part of v`, or a list of directions like y, along which
+    the minimizer may slide.
+
+    **Raises:** TypeError if `objective` is not callable; ValueError when used with an objective that does not
+    return one floating scalar.
+    """
+
+    _objective: Any
+    has_aux: bool = eqx.field(static=True)
+
+    def __init__(self, objective: Callable, *, operator=None, gauge=None, has_aux: bool = False):
+        self._objective = _callable(objective, "Minimization", "objective")
+        self._operator, self._gauge = _structure(operator, gauge)
+        self.has_aux = has_aux
+
+    @property
+    def objective(self) -> Callable:
+        return as_given(self._objective)
+
+    @property
+    def minimizes(self) -> bool:
+        return True
+
+    @property
+    def symmetric(self) -> bool:
+        return True
+
+    @property
+    def definite(self) -> bool:
+        return True
+
+    def objective_at(self, x, y):
+        value = self._objective(x, y)
+        return value[0] if self.has_aux else value
+
+    def aux_at(self, x, y):
+        return self._objective(x, y)[1] if self.has_aux else None
+
+    def optimality(self, x, y):
+        """The gradient of the objective in y."""
+        return jax.grad(self.objective_at, argnums=1)(x, y)
+
+    def check(self, x, y):
+        value = jax.eval_shape(self._objective, x, y)
+        if self.has_aux:
+            if not (isinstance(value, tuple) and len(value) == 2):
+                raise ValueError("bilevel.Minimization: with has_aux=True `objective` must return (scalar, aux).")
+            value = value[0]
+        _check_scalar(value, "Minimization", "objective")
+
+
+class Root(_Structured):
+    """y*(x) is a root of `residual(x, y)`, of y's structure; dF/dy may be non-symmetric.
+
+    Arguments `operator` and `gauge` as for `Minimization` (the operator need not be symmetric).
+    """
+
+    _residual: Any
+
+    def __init__(self, residual: Callable, *, operator=None, gauge=None):
+        self._residual = _callable(residual, "Root", "residual")
+        self._operator, self._gauge = _structure(operator, gauge)
+
+    @property
+    def residual(self) -> Callable:
+        return as_given(self._residual)
+
+    def optimality(self, x, y):
+        return self._residual(x, y)
+
+
+class FixedPoint(_Structured):
+    """y*(x) is a fixed point of `step(x, y)`, of y's structure; F = y - step(x, y).
+
+    Arguments `operator` (of F) and `gauge` as for `Minimization`.
+    """
+
+    _step: Any
+
+    def __init__(self, step: Callable, *, operator=None, gauge=None):
+        self._step = _callable(step, "FixedPoint", "step")
+        self._operator, self._gauge = _structure(operator, gauge)
+
+    @property
+    def step(self) -> Callable:
+        return as_given(self._step)
+
+    def optimality(self, x, y):
+        return jax.tree.map(lambda a, b: a - b, y, self._step(x, y))
+
+    def check(self, x, y):
+        check_like(jax.eval_shape(self._step, x, y), y, "FixedPoint", "step(x, y)", "y")
+
+
+class AbstractBilevelProblem(eqx.Module):
+    """An inner problem and an outer function: minimize `outer(x, y*(x))`.
+
+    Implementations have the attribute (or property) `inner` and the method `outer`.
+    """
+
+    inner: eqx.AbstractVar[AbstractInner]
+
+    @abc.abstractmethod
+    def outer(self, x: PyTree, y: PyTree) -> Scalar:
+        """G(x, y), a floating scalar."""
+
+    @property
+    def prox(self) -> Callable | None:
+        """`prox(x, t)` of t times a penalty that `minimize` adds to the outer function, or None."""
+        return None
+
+    def penalty(self, x: PyTree) -> Scalar | None:
+        """The value of that penalty, or None where there is none."""
+        return None
+
+    def initial(self) -> tuple[PyTree, PyTree]:
+        """`(x0, y0)` to start from; plugins know one."""
+        raise ValueError(f"bilevel.{type(self).__name__}: this problem knows no starting point; pass x0 and y0.")
+
+    def check(self, x: PyTree, y: PyTree) -> None:
+        """Raises ValueError unless inner and outer functions fit (x, y). Looks at shapes only."""
+        self.inner.check(x, y)
+        _check_scalar(jax.eval_shape(self.outer, x, y), type(self).__name__, "outer")
+
+
+class BilevelProblem(AbstractBilevelProblem):
+    """minimize over x of `outer(x, y*(x))`, where y*(x) solves `inner`.
+
+    **Arguments:** `inner`: an inner problem, or a plain function `(x, y) -> scalar`, which is then a
+    `Minimization`. `outer(x, y) -> scalar`: plain function, Partial or Module.
+    """
+
+    inner: AbstractInner
+    _outer: Any
+
+    def __init__(self, inner, outer: Callable):
+        self.inner = inner if isinstance(inner, AbstractInner) else Minimization(inner)
+        self._outer = _callable(outer, "BilevelProblem", "outer")
+
+    @property
+    def outer(self) -> Callable:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return as_given(self._outer)
+
+    def __repr__(self):
+        return f"BilevelProblem(inner={type(self.inner).__name__}(…), outer=…)"

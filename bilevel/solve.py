@@ -1,0 +1,237 @@
+"""solve(inner, x, …): the differentiable map x -> y."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ._entry import check_tolerance, finish, prepare_inner
+from ._trees import ravel, ravel_like
+from .adjoint import AbstractAdjoint, ImplicitAdjoint, usable
+from .correct import correct
+from .errors import Status
+from .linear import choose, linear_system
+from .problem import AbstractInner
+from .solvers import resolve
+
+__all__ = ["Solution", "solve"]
+
+ROUNDS = 16
+
+
+class Solution(eqx.Module):
+    """What `solve` found. `y` and `aux` are differentiable; the rest reports on the computation.
+
+    `residual`: |F(x, y)|_2; `steps`: of the inner solver; `converged`: the accuracy asked for was reached;
+    `status`: why it ended.
+    """
+
+    y: PyTree
+    residual: Float[Array, "*batch"]
+    steps: Int[Array, "*batch"]
+    converged: Bool[Array, "*batch"]
+    status: Status
+    aux: PyTree = None
+
+    def __repr__(self):
+        return (
+            f"Solution(status={self.status}, residual={_number(self.residual)}, steps={_number(self.steps)}, "
+            f"y={eqx.tree_pformat(self.y)})"
+        )
+
+
+def _number(a) -> str:
+    if isinstance(a, jax.core.Tracer) or jnp.ndim(a) > 0:
+        return eqx.tree_pformat(a)
+    return f"{a.item():.3g}" if jnp.issubdtype(a.dtype, jnp.floating) else str(a.item())
+
+
+class Attempt(NamedTuple):
+    """One round's outcome, as `rounds` needs it: the point, |F| there, whether the target was met, whether the
+    point was improved by a Newton step (then another one is tried before the solver), how much smaller |F| should
+    get, the caller's own `found`, and the evaluations and products it took."""
+
+    flat: jax.Array
+    residual: jax.Array
+    reached: jax.Array
+    newton: jax.Array
+    factor: jax.Array
+    found: PyTree
+    evaluations: jax.Array
+    products: jax.Array
+
+
+class Rounds(NamedTuple):
+    found: PyTree
+    reached: jax.Array
+    steps: jax.Array
+    evaluations: jax.Array
+    products: jax.Array
+
+
+def rounds(
+    attempt: Callable, inner, x: PyTree, y0: PyTree, solver: Any, *, max_steps: int, newton_first: bool
+) -> Rounds:
+    """Loose inner solve, attempt, and only if the attempt says so: further.
+
+    After an attempt whose Newton step worked, the next round goes on from its point without the solver; after one
+    that was refused, the solver goes on to a smaller residual. The loop ends when the target is reached, when
+    neither helps any more (`stalled`), or after `max_steps` steps of the solver.
+    """
+    who = resolve(solver, inner)
+    flat, unravel = ravel(y0)
+    size0 = jnp.linalg.norm(ravel_like(inner.optimality(x, y0), flat.dtype))
+    big = jnp.asarray(jnp.inf, flat.dtype)
+    tol = big if newton_first else 0.01 * size0
+    shape = jax.eval_shape(attempt, y0, jnp.asarray(True))
+    empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+    zero = jnp.zeros((), jnp.int32)
+    start = (flat, tol, size0, empty, zero, zero, zero, zero, jnp.asarray(False))
+
+    def unfinished(carry):
+        _, _, _, last, count, steps, *_, stalled = carry
+        return (count == 0) | (~last.reached & (count < ROUNDS) & (steps < max_steps) & ~stalled)
+
+    def body(carry):
+        point, tol, size, last, count, steps, evaluations, products, _ = carry
+        ask = (size > tol) | ~jnp.isfinite(size)
+        if who.exact:  # asked once; what is left is the correction's
+            ask = count == 0
+        else:
+            ask = ask & (steps < max_steps)
+
+        def run(point):
+            found = who.find(inner, x, unravel(point), tol=tol, max_steps=max_steps)
+            new = ravel_like(found.y, flat.dtype)
+            return new, found.steps.astype(jnp.int32), found.evaluations.astype(jnp.int32)
+
+        nothing = jnp.zeros((), jnp.int32)
+        new, did, spent = lax.cond(ask, run, lambda point: (point, nothing, nothing), point)
+        new_attempt = attempt(unravel(new), count + 1 >= ROUNDS)
+        progress = new_attempt.residual < 0.9 * size
+        asked_in_vain = ask & (did <= 1) & ~progress & (count > 0)
+        # a refused Newton step says nothing about the solver: it gets its turn first
+        stalled = jnp.where(ask, asked_in_vain | (~progress & (count > 1)), jnp.asarray(False))
+        stalled = stalled | (jnp.asarray(who.exact) & (count > 0) & ~progress)
+        again = new_attempt.newton & progress
+        goal = new_attempt.factor * new_attempt.residual
+        next_tol = jnp.where(again, big, jnp.minimum(goal, jnp.where(jnp.isfinite(tol), tol, goal)))
+        return (
+            new_attempt.flat, next_tol, new_attempt.residual, new_attempt, count + 1,
+            steps + did, evaluations + spent + new_attempt.evaluations, products + new_attempt.products, stalled,
+        )  # fmt: skip
+
+    _, _, _, last, _, steps, evaluations, products, _ = lax.while_loop(unfinished, body, start)
+    return Rounds(last.found, last.reached, steps, evaluations, products)
+
+
+class _Located(NamedTuple):
+    flat: jax.Array
+    residual: jax.Array
+    error: jax.Array
+    floor: jax.Array
+    status: Status
+
+
+def _locate(inner, x, y, adjoint: AbstractAdjoint, rtol, atol) -> Attempt:
+    """Corrects y once and measures what is left by the next Newton step."""
+    flat, unravel = ravel(y)
+    eps = jnp.finfo(flat.dtype).eps
+    solver = choose(adjoint.linear_solver_used, inner, flat.size, inner.operator_at(x, y) is not None)
+    moved = correct(adjoint.correction_used, solver, inner, x, flat, unravel, rtol=1e-6)
+    y_hat = unravel(moved.flat)
+    residual, system = linear_system(inner, x, y_hat)
+    rough = solver.rough(moved.state, system, system.off_gauge(residual))
+    step = system.off_gauge(rough.value)
+    own = inner.size_of_error(x, y_hat, unravel(residual), unravel(step))
+    error, scale = own if own is not None else (jnp.linalg.norm(step), jnp.linalg.norm(moved.flat))
+    allowed = jnp.maximum(rtol * scale, atol).astype(flat.dtype)
+    floor = 4 * eps * jnp.where(jnp.isfinite(rough.condition), rough.condition, 1) * scale
+    status = rough.status.then(moved.status)
+    fine = usable(status) & jnp.isfinite(error)
+    contracted = (moved.after <= 0.5 * moved.before) & moved.used
+    reached = fine & (error <= allowed)
+    newton = adjoint.correction_used is not None and adjoint.correction_used.uses_newton
+    factor = jnp.clip(0.3 * allowed / jnp.where(error > 0, error, 1), 1e-4, 0.1)
+    factor = jnp.where(fine, factor, 0.03)
+    located = _Located(moved.flat, moved.after, error, floor, status)
+    again = jnp.asarray(newton) & contracted
+    evaluations, products = moved.evaluations + 1, moved.products + rough.products.astype(jnp.int32)
+    return Attempt(moved.flat, moved.after, reached, again, factor, located, evaluations, products)
+
+
+def solve(
+    inner: AbstractInner | Callable,
+    x: PyTree,
+    y0: PyTree,
+    *,
+    solver: Any = None,
+    adjoint: AbstractAdjoint | None = None,
+    rtol: float | None = None,
+    atol: float = 0.0,
+    max_steps: int = 2000,
+    throw: bool = True,
+) -> Solution:
+    """The inner solution y*(x), differentiable in x and in whatever the inner functions close over.
+
+    **Arguments:** `inner`: an inner problem, or a function `(x, y) -> scalar` to minimize over y. `x`, `y0`: any
+    trees of floating arrays; y0 is where the solver starts and fixes structure, shapes and dtypes of y. `solver`:
+    None (the inner problem's own, else Newton steps where they work and jaxopt's L-BFGS where they do not), an
+    object of `bilevel.solvers`, an optimistix solver, a jaxopt class, or a function `x -> y`. `adjoint`: the
+    derivative rule, `ImplicitAdjoint()`. `rtol`, `atol`: bound the estimated |y - y*|_2 against |y|_2 (defaults:
+    1e-10 in float64, 1e-5 in float32). `max_steps`: steps of the solver in all.
+
+    **Returns:** a `Solution`; `.y` is the corrected point, at which the derivative rule is taken.
+
+    **Raises:** TypeError, ValueError for arguments that do not fit; `NotConverged` (inside a transformation: a
+    run-time error with the same text) unless `throw=False`; then `.converged` and `.status` say it, and y is NaN
+    where there is none.
+    """
+    inner, x, y0 = prepare_inner("solve", inner, x, y0)
+    dtype = ravel(y0)[0].dtype
+    rtol = (1e-10 if jnp.finfo(dtype).bits >= 64 else 1e-5) if rtol is None else rtol
+    check_tolerance("solve", rtol, atol)
+    adjoint = ImplicitAdjoint() if adjoint is None else adjoint
+    if not isinstance(adjoint, AbstractAdjoint):
+        raise TypeError(
+            f"bilevel.solve: adjoint must be a derivative rule such as ImplicitAdjoint(), found {adjoint!r}."
+        )
+    solution = _solve(
+        inner, x, y0, solver, adjoint, jnp.asarray(rtol, dtype), jnp.asarray(atol, dtype), max_steps, throw
+    )
+    return finish("solve", solution, solution.converged, solution.status, throw, inner, x, y0)
+
+
+@eqx.filter_jit
+def _solve(inner, x, y0, solver, adjoint, rtol, atol, max_steps, throw) -> Solution:
+    newton = adjoint.correction_used is not None and adjoint.correction_used.uses_newton
+    first = newton and solver is None and inner.default_solver is None
+
+    def work(x, y0):
+        out = rounds(
+            lambda y, final: _locate(inner, x, y, adjoint, rtol, atol), inner, x, y0, solver,
+            max_steps=max_steps, newton_first=first,
+        )  # fmt: skip
+        found = out.found
+        _, unravel = ravel(y0)
+        status = outcome(found.status, out.reached, found.error <= 10 * found.floor)
+        here = usable(status) & jnp.all(jnp.isfinite(found.flat))
+        y = jax.tree.map(lambda a: jnp.where(here, a, jnp.nan), unravel(found.flat))
+        return y, (found.residual, out.steps, out.reached, status)
+
+    y, (residual, steps, reached, status) = adjoint.differentiable(inner, x, y0, work, throw=throw)
+    return Solution(y, residual, steps, reached, status, inner.aux_at(x, y))
+
+
+def outcome(status: Status, reached, at_floor) -> Status:
+    """The final word: what makes a result unusable first, then whether the target was met, then why not."""
+    why = Status.where(at_floor, Status("round_off"), Status("max_steps"))
+    final = Status.where(reached, Status("converged"), why)
+    return Status.where(usable(status), final, status)

@@ -1,0 +1,38 @@
+"""What every test stands on. Imports neither bilevel nor problems: jaxtyping's hook has to see them first."""
+
+import os
+import zlib
+from collections.abc import Callable
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Tests only: the library itself never touches a JAX setting. Tests of float32 say so in their dtypes.
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Figures are drawn to files; no test needs a display.
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+# CI=true: the same examples in every run. HYPOTHESIS_MAX_EXAMPLES=1000: a longer search.
+settings.register_profile(
+    "bilevel",
+    deadline=None,  # the first example of a test compiles
+    derandomize=bool(os.environ.get("CI")),
+    max_examples=int(os.environ.get("HYPOTHESIS_MAX_EXAMPLES", "20")),
+    suppress_health_check=[HealthCheck.too_slow],  # drawing the first arrays compiles too
+    print_blob=True,
+)
+settings.load_profile("bilevel")
+
+
+@pytest.fixture
+def getkey(request: pytest.FixtureRequest) -> Callable[[], jax.Array]:
+    """``getkey()`` is a new PRNG key at each call; a test gets the same ones in every run, in any order.
+
+    Under ``@given`` draw a seed from hypothesis instead, which can then shrink it.
+    """
+    key = jax.random.key(zlib.crc32(request.node.nodeid.encode()))
+    count = iter(range(1_000_000))
+    return lambda: jax.random.fold_in(key, next(count))
