@@ -6,6 +6,7 @@ from .correct import Jacobi, Newton, Preconditioner
 from .errors import NotConverged, Status
 from .hypergradient import Hypergradient, estimate, hypergradient
 from .linear import ConjugateGradient, Direct, Krylov, Neumann
+from .minimize import Result, State, minimize
 from .problem import (
     AbstractBilevelProblem,
     AbstractInner,
@@ -20,6 +21,6 @@ from .solve import Solution, solve
 __all__ = [
     "AbstractBilevelProblem", "AbstractInner", "BilevelProblem", "ConjugateGradient", "Direct", "FixedPoint",
     "Hypergradient", "ImplicitAdjoint", "Jacobi", "Krylov", "Minimization", "Neumann", "Newton", "NotConverged",
-    "Preconditioner", "Reparametrization", "Root", "Solution", "Status", "estimate", "hypergradient", "linear",
-    "reparametrize", "solve", "solvers",
+    "Preconditioner", "Reparametrization", "Result", "Root", "Solution", "State", "Status", "estimate", "hypergradient", "linear",
+    "minimize", "reparametrize", "solve", "solvers",
 ]  # fmt: skip

@@ -43,10 +43,12 @@ UNUSABLE = (
 
 
 class Target(NamedTuple):
-    """The accuracy wanted of a hypergradient: converged means 3 error <= max(rtol |gradient|, atol)."""
+    """The accuracy wanted of a hypergradient: converged means 3 error <= max(rtol |gradient|, atol); `aim` is the
+    relative accuracy that this is expected to come to, by which the linear solves are first judged."""
 
     rtol: jax.Array
     atol: jax.Array
+    aim: jax.Array
 
     def allows(self, gradient: PyTree, error: jax.Array) -> jax.Array:
         size = trees.norm(gradient)
@@ -67,6 +69,7 @@ class Estimate(NamedTuple):
     inner_residual: jax.Array
     adjoint_residual: jax.Array
     adjoint: jax.Array  # v, flat
+    residual: jax.Array  # F, flat
     step: jax.Array  # the Newton step still to go, flat
     status: Status
     inner_touches_x: jax.Array  # False where F_x' v is exactly zero although v is not
@@ -184,7 +187,7 @@ def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess, final) -> 
     one_digit = None if target is None else jnp.asarray(1e-4, flat.dtype)  # what the forward solve needs at least
     moved = correct(correction, solver, inner, x, flat, unravel, guard=adjoint.guard, rtol=one_digit)
     if target is not None:
-        rtol = jnp.clip(0.03 * target.rtol, 10 * eps, 1e-3).astype(flat.dtype)
+        rtol = jnp.clip(0.03 * target.aim, 10 * eps, 1e-3).astype(flat.dtype)
     elif correction is None:
         rtol = jnp.asarray(max(1e-10, 50 * eps), flat.dtype)
     else:  # order two needs an adjoint residual of the order of the squared inner error
@@ -208,7 +211,8 @@ def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess, final) -> 
 
     if newton and target is not None:
         # a step that worked, but from afar: another factorization comes first, all further work here would be lost
-        far = moved.used & (moved.after > 0.25 * moved.before) & (moved.status.code == 0) & ~jnp.asarray(final)
+        far = moved.used & ~moved.settled & (moved.status.code == 0) & ~jnp.asarray(final)
+        far = far & (moved.after > 0.25 * moved.before) & (moved.after <= _CONTRACTION * moved.before)
         empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(evaluated, 0))
         skipped = empty._replace(
             flat=moved.flat, inner_residual=moved.after, error=jnp.full_like(empty.error, jnp.inf),
@@ -232,8 +236,7 @@ def _trusted(newton: bool, moved, found: Estimate, inner, x, unravel) -> jax.Arr
     """Whether the residual contracts under Newton steps, which is what the error estimate rests on."""
     eps = jnp.finfo(found.flat.dtype).eps
     if newton:
-        settled = moved.moved <= 1e3 * eps * jnp.linalg.norm(found.flat)
-        return (moved.after <= moved.before * _CONTRACTION) | settled | ~moved.used
+        return (moved.after <= moved.before * _CONTRACTION) | moved.settled | ~moved.used
     after = ravel_like(inner.optimality(x, unravel(found.flat - found.step)), found.flat.dtype)
     tiny = jnp.linalg.norm(found.step) <= 1e3 * eps * jnp.linalg.norm(found.flat)
     return (jnp.linalg.norm(after) <= _CONTRACTION * found.inner_residual) | tiny
@@ -241,7 +244,7 @@ def _trusted(newton: bool, moved, found: Estimate, inner, x, unravel) -> jax.Arr
 
 def _descend(inner, x, flat, unravel, solver, moved, target: Target):
     """Steps with the factorization there is while they pay: until the step is small against the accuracy wanted."""
-    small = jnp.clip(target.rtol.astype(flat.dtype), 1e-12, 1e-3)
+    small = jnp.clip(target.aim.astype(flat.dtype), 1e-12, 1e-3)
 
     def unfinished(carry):
         point, size, last, step, count, _ = carry
@@ -271,6 +274,8 @@ def _descend(inner, x, flat, unravel, solver, moved, target: Target):
 def _chords(problem, x, unravel, solver, state, found: Estimate, target: Target, rtol) -> Estimate:
     """Takes the step that the error estimate has computed anyway, with the factorization there is, while it helps."""
 
+    eps = jnp.finfo(found.flat.dtype).eps
+
     def unfinished(carry):
         found, helps, count, _ = carry
         return ~target.allows(found.gradient, found.error) & helps & (count < _CHORDS)
@@ -278,12 +283,14 @@ def _chords(problem, x, unravel, solver, state, found: Estimate, target: Target,
     def body(carry):
         found, _, count, rtol = carry
         new = evaluate(problem, x, found.flat - found.step, unravel, solver, state, guess=found.adjoint, rtol=rtol)
-        helps = (new.error < 0.9 * found.error) & new.usable & (new.inner_residual <= found.inner_residual)
+        tiny = jnp.linalg.norm(found.step) <= 1e3 * eps * jnp.linalg.norm(found.flat)  # only the adjoint is in want
+        lower = (new.inner_residual <= found.inner_residual) | tiny
+        helps = (new.error < 0.9 * found.error) & new.usable & lower
         new = new._replace(products=found.products + new.products, evaluations=found.evaluations + new.evaluations)
         return trees.where(helps, new, found), helps, count + 1, 0.1 * rtol
 
     trusted = found.status.code == 0
-    found, *_ = lax.while_loop(unfinished, body, (found, trusted, jnp.asarray(0), rtol))
+    found, *_ = lax.while_loop(unfinished, body, (found, trusted, jnp.asarray(0), 0.1 * rtol))
     return found
 
 
@@ -342,6 +349,7 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol) -> Estima
         inner_residual=jnp.linalg.norm(residual),
         adjoint_residual=jnp.linalg.norm(adjoint.residual),
         adjoint=v,
+        residual=residual,
         step=step,
         status=status,
         inner_touches_x=touches | (jnp.linalg.norm(v) == 0),

@@ -147,7 +147,7 @@ def scaled_spectral_radius(
 
 class Corrected(NamedTuple):
     """The moved point `flat`, the residuals before and after, the length of the (last) displacement, whether it is
-    `used`, the prepared `state` of the linear solver, a `status`, and the numbers of evaluations
+    `used`, whether y was `settled` (the displacement is round-off), the prepared `state` of the linear solver, a `status`, and the numbers of evaluations
     of F and of products with dF/dy."""
 
     flat: jax.Array
@@ -155,6 +155,7 @@ class Corrected(NamedTuple):
     after: jax.Array
     moved: jax.Array
     used: jax.Array
+    settled: jax.Array
     state: PyTree
     status: Status
     evaluations: jax.Array
@@ -180,7 +181,7 @@ def correct(
         one = jnp.asarray(1, jnp.int32)
         state = solver.prepare(system)
         return Corrected(
-            flat, before, before, jnp.zeros_like(before), jnp.asarray(True), state, Status(), one, prepared
+            flat, before, before, jnp.zeros_like(before), jnp.asarray(True), before == 0, state, Status(), one, prepared
         )
 
     status, state, condition = Status("converged"), None, jnp.ones((), flat.dtype)
@@ -205,7 +206,7 @@ def correct(
     after = jnp.linalg.norm(residual_at(point))
     moved = jnp.linalg.norm(flat - point)
     eps = jnp.finfo(flat.dtype).eps
-    settled = (moved <= 50 * eps * condition * jnp.linalg.norm(flat)) | (before == 0)
+    settled = (moved <= 100 * eps * condition * jnp.linalg.norm(flat)) | (before == 0)
     lower = jnp.isfinite(after) & (after < before)
     stopped_short = status == Status("linear_solve")  # an early stop is no reason to refuse: the residual judges
     if guard:
@@ -222,4 +223,4 @@ def correct(
         products = products + prepared
     after = jnp.where(used, after, before)
     evaluations = jnp.asarray(correction.steps + 1, jnp.int32)
-    return Corrected(kept, before, after, moved, used, state, status, evaluations, products)
+    return Corrected(kept, before, after, moved, used, settled, state, status, evaluations, products)

@@ -156,16 +156,17 @@ def hypergradient(
 def _hypergradient(problem, x, y0, rtol, atol, solver, adjoint, max_steps):
     newton = adjoint.correction_used is not None and adjoint.correction_used.uses_newton
     first = newton and solver is None and problem.inner.default_solver is None
-    out = search(problem, x, y0, rtol, atol, solver, adjoint, max_steps, first)
-    return out
+    result, touches, _ = search(problem, x, y0, rtol, atol, solver, adjoint, max_steps, first)
+    return result, touches
 
 
-def search(problem, x, y0, rtol, atol, solver, adjoint, max_steps, newton_first, guess=None):
-    """The traced body of `hypergradient`: `(Hypergradient, whether x enters the inner problem)`."""
+def search(problem, x, y0, rtol, atol, solver, adjoint, max_steps, newton_first, guess=None, aim=None):
+    """The traced body of `hypergradient`: `(Hypergradient, whether x enters the inner problem, (v, F))`, v and F flat."""
 
     def work(x, y0):
         flat, unravel = ravel(y0)
-        target = Target(rtol.astype(flat.dtype), atol.astype(flat.dtype))
+        goals = (rtol, atol, rtol if aim is None else aim)
+        target = Target(*(goal.astype(flat.dtype) for goal in goals))
 
         def attempt(y, final):
             found = adjoint.estimate(problem, x, y, target=target, guess=guess, final=final)
@@ -190,10 +191,10 @@ def search(problem, x, y0, rtol, atol, solver, adjoint, max_steps, newton_first,
         found = out.found
         status = outcome(found.status, out.reached, found.error <= 3 * found.floor)
         fields = _package(found, unravel, out.reached, status, out.steps, out.evaluations, out.products)
-        return fields[0], (*fields[1], found.inner_touches_x)
+        return fields[0], (*fields[1], found.inner_touches_x, (found.adjoint, found.residual))
 
-    differentiable, (*facts, touches) = differentiable_estimate(problem, x, y0, work, adjoint)
-    return _assemble(differentiable, facts), touches
+    differentiable, (*facts, touches, duals) = differentiable_estimate(problem, x, y0, work, adjoint)
+    return _assemble(differentiable, facts), touches, duals
 
 
 def _warn_if_x_is_absent(inner, x, y) -> None:

@@ -114,7 +114,7 @@ def rounds(
 
         nothing = jnp.zeros((), jnp.int32)
         new, did, spent = lax.cond(ask, run, lambda point: (point, nothing, nothing), point)
-        new_attempt = attempt(unravel(new), count + 1 >= ROUNDS)
+        new_attempt = attempt(unravel(new), (count + 1 >= ROUNDS) | (steps + did >= max_steps))
         progress = new_attempt.residual < 0.9 * size
         asked_in_vain = ask & (did <= 1) & ~progress & (count > 0)
         # a refused Newton step says nothing about the solver: it gets its turn first

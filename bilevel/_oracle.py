@@ -1,0 +1,128 @@
+"""What an outer method asks: value, gradient and error at x, each solve warm-started by the one before."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from ._entry import explain
+from ._trees import ravel, ravel_like
+from .errors import NotConverged
+from .hypergradient import search
+
+_FIRST = 1e-3  # relative accuracy of the first hypergradient, before anything is known
+_SHARE = 1e-2  # afterwards: error against the projected gradient, which is all that an outer step sees
+
+
+class Evaluation(NamedTuple):
+    """One evaluation on the host: everything a step, a callback or a checkpoint needs. Flat NumPy arrays."""
+
+    x: np.ndarray
+    value: float
+    gradient: np.ndarray
+    error: float
+    y: np.ndarray
+    adjoint: np.ndarray
+    at_floor: bool
+
+
+class Oracle:
+    """Evaluates h and its gradient on flat NumPy vectors, remembers, records, and replays.
+
+    The accuracy of each hypergradient is `rtol` where the user gives one; otherwise a share of the last projected
+    gradient (told by `wants`), and never more than a tenth of what the outer tolerance needs. y starts where the last one ended, and the first Newton step at
+    the new x is, to first order, the tangent step dy/dx Δx; the adjoint starts from the last one.
+    """
+
+    def __init__(self, problem, x0: PyTree, y0: PyTree, *, rtol, tol, solver, adjoint, max_inner_steps, recorded=()):
+        self.problem, self.solver, self.adjoint = problem, solver, adjoint
+        self.rtol, self.tol, self.max_inner_steps = rtol, tol, max_inner_steps
+        flat, self.unravel_x = ravel(x0)
+        self.dtype = flat.dtype
+        self.x0 = np.asarray(flat, np.float64)
+        flat_y, self.unravel_y = ravel(y0)
+        self.y = flat_y
+        self.guess: Any = None
+        self.scale = 1.0
+        self.size: float | None = None
+        self.length = 0.0
+        self.recorded = list(recorded)
+        self.replayed = len(self.recorded)
+        self.count = 0
+        self.inner_steps = self.evaluations = self.products = 0
+        self._memory: dict[bytes, Evaluation] = {}
+
+    def wants(self, size: float, scale: float) -> None:
+        """Takes note of the projected gradient at the last accepted point and of the outer tolerance's scale."""
+        self.size, self.scale = size, scale
+
+    @property
+    def replaying(self) -> bool:
+        """Whether the evaluations so far all came from a checkpoint."""
+        return self.count <= self.replayed
+
+    def __call__(self, x: np.ndarray) -> Evaluation:
+        x = np.asarray(jnp.asarray(x, self.dtype), np.float64)
+        key = x.tobytes()
+        if key not in self._memory:
+            self._memory[key] = self._next(x)
+        return self._memory[key]
+
+    def _next(self, x: np.ndarray) -> Evaluation:
+        if self.count < len(self.recorded):
+            found = self.recorded[self.count]
+            if not np.array_equal(found.x, x):
+                raise ValueError(
+                    "bilevel.minimize: the checkpoint's evaluations do not follow from these arguments (evaluation "
+                    f"{self.count} was at another x); use another path, or remove the file to start afresh."
+                )
+        else:
+            found = self._compute(x)
+            self.recorded.append(found)
+        self.count += 1
+        self.y = jnp.asarray(found.y, self.y.dtype)
+        self.guess = jnp.asarray(found.adjoint, self.y.dtype)
+        self.length = float(np.linalg.norm(found.gradient))
+        return found
+
+    def _compute(self, x: np.ndarray) -> Evaluation:
+        tree = self.unravel_x(jnp.asarray(x, self.dtype))
+        y = self.unravel_y(self.y)
+        least = 0.3 * self.tol * self.scale
+        if self.rtol is not None:
+            rtol, atol = self.rtol, least
+        elif self.size is None:
+            rtol, atol = _FIRST, least
+        else:
+            rtol, atol = float(jnp.finfo(self.dtype).tiny), max(least, _SHARE * self.size)
+        guess = jnp.zeros_like(self.y) if self.guess is None else self.guess
+        aim = max(rtol, 0.3 * atol / self.length) if self.length > 0 else rtol
+        goals = tuple(jnp.asarray(goal, self.dtype) for goal in (rtol, atol, aim))
+        result, extras = _evaluate(
+            self.problem, tree, y, goals, self.solver, self.adjoint, self.max_inner_steps, guess
+        )
+        word = result.status.word
+        if word not in ("converged", "round_off"):
+            message = explain("minimize", result, result.status, self.problem.inner, tree, y)
+            raise NotConverged(f"{message} (At evaluation {self.count}; the hypergradient there failed.)", result)
+        self.inner_steps += int(result.steps)
+        self.evaluations += int(result.evaluations)
+        self.products += int(result.products)
+        value, adjoint = extras
+        return Evaluation(
+            x, float(value), np.asarray(ravel_like(result.gradient, self.dtype), np.float64), float(result.error),
+            np.asarray(ravel_like(result.y, self.y.dtype)), np.asarray(adjoint), word == "round_off",
+        )  # fmt: skip
+
+
+@eqx.filter_jit
+def _evaluate(problem, x, y, goals, solver, adjoint, max_steps, guess):
+    rtol, atol, aim = goals
+    result, _, (v, residual) = search(problem, x, y, rtol, atol, solver, adjoint, max_steps, True, guess, aim)
+    # the value's twin G - v'F: its error is quadratic in that of y, so line searches see what the gradient promises
+    value = result.value - jnp.vdot(v, residual).astype(result.value.dtype)
+    return result, (value, v)

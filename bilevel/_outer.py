@@ -1,0 +1,111 @@
+"""Outer methods on flat NumPy vectors: SciPy's L-BFGS-B, optax, proximal gradient. Each a generator of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._oracle import Evaluation, Oracle
+
+
+class Setting(NamedTuple):
+    """What every outer method gets besides the oracle."""
+
+    lower: np.ndarray
+    upper: np.ndarray
+    prox: Callable[[np.ndarray, float], np.ndarray] | None
+    penalty: Callable[[np.ndarray], float] | None
+    tol: float
+    max_steps: int
+
+    def project(self, x: np.ndarray) -> np.ndarray:
+        return np.clip(x, self.lower, self.upper)
+
+    def optimality(self, found: Evaluation) -> float:
+        """The largest entry of the projected gradient (with a prox: of the prox residual at step one)."""
+        moved = found.x - found.gradient
+        moved = self.project(moved) if self.prox is None else self.prox(moved, 1.0)
+        return float(np.max(np.abs(found.x - moved), initial=0.0))
+
+
+def lbfgsb(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation], bool]) -> str:
+    """SciPy's L-BFGS-B; returns its last word. `on_step` is told each accepted point and says whether to go on."""
+    import scipy.optimize as so
+
+    def function(x):
+        found = oracle(x)
+        return found.value, found.gradient
+
+    def callback(intermediate_result):
+        if not on_step(oracle(intermediate_result.x)):
+            raise StopIteration
+
+    if not on_step(oracle(setting.project(oracle.x0))):
+        return "at the start"
+    bounds = so.Bounds(setting.lower, setting.upper)  # pyright: ignore[reportArgumentType]
+    options = {"maxiter": setting.max_steps, "maxfun": 20 * setting.max_steps, "ftol": 0.0, "gtol": 0.0, "maxcor": 20}
+    start = setting.project(oracle.x0)
+    out = so.minimize(function, start, jac=True, method="L-BFGS-B", bounds=bounds, callback=callback, options=options)
+    return str(out.message)
+
+
+def optax_steps(optimizer: Any, oracle: Oracle, setting: Setting, on_step, value_fn: Callable) -> str:
+    """Any optax optimizer, its iterates projected on the bounds."""
+    import optax
+
+    unravel, dtype = oracle.unravel_x, oracle.dtype
+    x = unravel(jnp.asarray(setting.project(oracle.x0), dtype))
+    extra = isinstance(optimizer, optax.GradientTransformationExtraArgs)
+
+    @jax.jit
+    def update(gradient, state, x, value):
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
+            more = {"value": value, "grad": gradient, "value_fn": value_fn} if extra else {}
+            change, state = optimizer.update(gradient, state, x, **more)
+            return optax.apply_updates(x, change), state
+
+    state = optimizer.init(x)
+    for _ in range(setting.max_steps + 1):
+        found = oracle(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(x)]))
+        if not on_step(found):
+            return "stopped"
+        gradient = unravel(jnp.asarray(found.gradient, dtype))
+        x, state = update(gradient, state, x, jnp.asarray(found.value, dtype))
+        flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(x)])
+        x = unravel(jnp.asarray(setting.project(flat), dtype))
+    return "max_steps"
+
+
+def proximal_gradient(oracle: Oracle, setting: Setting, on_step) -> str:
+    """x <- prox(x - t g, t) with Barzilai-Borwein steps and a nonmonotone line search (SpaRSA, Wright et al. 2009)."""
+    prox, penalty = setting.prox, setting.penalty
+    assert prox is not None
+    total = lambda e: e.value + (penalty(e.x) if penalty is not None else 0.0)
+    found = oracle(prox(oracle.x0, 0.0) if penalty is None else oracle.x0)
+    recent = [total(found)]
+    t = 1.0 / max(1.0, float(np.linalg.norm(found.gradient)))
+    if not on_step(found):
+        return "at the start"
+    for _ in range(setting.max_steps):
+        for _ in range(40):
+            new = oracle(prox(found.x - t * found.gradient, t))
+            move = new.x - found.x
+            size = float(move @ move)
+            model = found.value + float(found.gradient @ move) + size / (2 * t)
+            smooth = new.value <= model + 1e-12 * abs(found.value)
+            if size == 0 or (smooth and total(new) <= max(recent) - 1e-4 * size / (2 * t) + 1e-14 * abs(recent[-1])):
+                break
+            t *= 0.4
+        else:
+            return "the line search found no decrease"
+        bend = float(move @ (new.gradient - found.gradient))
+        t = min(max(size / bend, 1e-10), 1e10) if bend > 0 else 2 * t
+        found = new
+        recent = [*recent[-4:], total(found)]
+        if not on_step(found):
+            return "stopped"
+    return "max_steps"

@@ -1,0 +1,147 @@
+"""Logistic regression with two classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+import bilevel
+
+from ._criteria import AbstractCriterion, CrossValidation, Everything, Training, criterion
+from ._penalties import Penalties
+
+
+class LogisticTuning(bilevel.AbstractBilevelProblem):
+    """The log-penalties x of a logistic regression, tuned for its validation loss.
+
+    Inner: minimize over the weights w, with n training rows X and labels s = ±1, and p features,
+
+        mean over rows of log(1 + exp(-s X w)) + (1/2p) sum_j exp(x_j) w_j^2,
+
+    which is scikit-learn's `LogisticRegression(C=p / (n * exp(x)), fit_intercept=False)` where x is shared. Outer:
+    the mean logistic loss on the validation rows. There is no intercept: add a column of ones where it is needed.
+
+    **Arguments:** `X`: shape (n, p), real and finite; its floating dtype is the problem's (other dtypes become JAX's
+    default). `y`: labels 0 and 1, or -1 and 1, shape (n,). Then one of
+
+    - `X_val`, `y_val`: a validation set, shapes (m, p) and (m,);
+    - `cv`: K folds as one inner problem. A number gives each fold the class frequencies of y, like scikit-learn's
+      `StratifiedKFold(cv, shuffle=True, random_state=0)`. Otherwise a sequence of (training, validation) row
+      indices, or an object with `split(X, y)`. The inner objective is the sum over folds, the outer function their
+      average.
+
+    `penalties`: "per-feature", x of shape (p,), or "shared", x of shape (). `groups`: an integer per feature,
+    numbered from 0; x then has one entry per group.
+
+    y has shape (p,), with `cv` (K, p). The arrays are leaves: `jax.tree.map` over the problem casts them, and other
+    data of the same shape compile nothing anew.
+
+    **Raises:** ValueError, TypeError naming the argument: labels of another kind or of one class only, shapes or
+    lengths that do not fit, NaN or infinity, a sparse X, both or neither of validation set and `cv`, unknown
+    `penalties`, unusable `groups` or folds, a fold that trains on one class only.
+    """
+
+    criterion: AbstractCriterion
+    penalties: Penalties
+    negative: int = eqx.field(static=True)  # the label of the class that is not 1
+
+    def __init__(
+        self,
+        X: Any,
+        y: Any,
+        X_val: Any = None,
+        y_val: Any = None,
+        *,
+        cv: Any = None,
+        penalties: Any = "per-feature",
+        groups: Any = None,
+    ):
+        self.negative = _negative_label(y)
+        y = _signs("y", y, self.negative)
+        y_val = None if y_val is None else _signs("y_val", y_val, self.negative)
+        self.criterion = criterion("LogisticTuning", X, y, X_val, y_val, cv, stratified=True)
+        self.penalties = Penalties("LogisticTuning", penalties, groups, self.criterion.X.shape[1])
+        if isinstance(self.criterion, CrossValidation):
+            _check_folds(self.criterion)
+
+    @property
+    def inner(self) -> bilevel.Minimization:
+        """The training of the weights, in all folds at once where there are folds."""
+        return bilevel.Minimization(Training(self.criterion, self.penalties, _logistic_loss))
+
+    def outer(self, x: Array, y: Array) -> Float[Array, ""]:
+        """The mean logistic loss on the validation rows, averaged over folds."""
+        return self.criterion.validation(_logistic_loss, y)
+
+    def initial(self) -> tuple[Array, Array]:
+        """`(x0, y0)`: zeros of the problem's shapes and dtype."""
+        return jnp.zeros(self.penalties.shape, self.criterion.X.dtype), self.criterion.initial()
+
+    def refit(self, x: Array) -> Float[Array, " p"]:
+        """The weights trained at x on all rows of `X` and `y`: the model to keep after tuning. Differentiable in x.
+
+        With `cv` these are the rows of all folds; a validation set stays aside.
+        """
+        c = self.criterion
+        inner = bilevel.Minimization(Everything(c.X, c.targets, self.penalties, _logistic_loss))
+        return bilevel.solve(inner, x, jnp.zeros(c.X.shape[1], c.X.dtype)).y
+
+    def predict_proba(self, y: Float[Array, "*k p"], X: Any) -> Float[Array, " m"]:
+        """The probabilities of class 1, shape (m,), for X of shape (m, p) and weights of shape (p,), such as `refit`
+        gives. For the weights of K folds, shape (K, p), the average of their probabilities.
+        """
+        return jax.nn.sigmoid(self.criterion.scores("LogisticTuning.predict_proba", y, X)).mean(axis=0)
+
+    def predict(self, y: Float[Array, "*k p"], X: Any) -> Int[Array, " m"]:
+        """The labels, shape (m,), coded as those given (0/1 or ±1): 1 where `predict_proba` exceeds one half."""
+        return jnp.where(self.predict_proba(y, X) > 0.5, 1, self.negative)
+
+
+def _logistic_loss(score: Array, sign: Array) -> Array:
+    return jax.nn.softplus(-sign * score)
+
+
+def _negative_label(y: Any) -> int:
+    """0 or -1, whichever the other class of y is called; ValueError naming what was found instead."""
+    found = _values(y)
+    for negative in (0, -1):
+        if found == {negative, 1}:
+            return negative
+    if len(found) == 1 and found <= {0, 1, -1}:
+        raise ValueError(f"LogisticTuning: `y` has one class only, all its labels are {found.pop():g}.")
+    raise ValueError(f"LogisticTuning: the labels `y` must be 0 and 1, or -1 and 1, found {_listed(found)}.")
+
+
+def _signs(name: str, y: Any, negative: int) -> np.ndarray:
+    """Labels as -1.0 and 1.0, of y's shape."""
+    found = _values(y)
+    if not found <= {negative, 1}:
+        raise ValueError(
+            f"LogisticTuning: the labels `{name}` must be {negative} and 1, as in `y`, found {_listed(found)}."
+        )
+    return np.where(np.asarray(y) == 1, 1.0, -1.0)
+
+
+def _values(y: Any) -> set:
+    array = np.asarray(y).ravel()
+    if array.dtype.kind in "biuf":
+        return set(np.unique(array.astype(float)).tolist())
+    return set(map(str, array.tolist()))
+
+
+def _listed(found: set) -> str:
+    some = sorted(found, key=str)
+    return ", ".join(f"{v:g}" if isinstance(v, float) else repr(v) for v in some[:5]) + (", …" if len(some) > 5 else "")
+
+
+def _check_folds(criterion: CrossValidation) -> None:
+    """Raises ValueError where a fold trains on one class only."""
+    signs, train = np.asarray(criterion.targets), np.asarray(criterion.train)
+    alone = np.flatnonzero(~((train @ (signs > 0) > 0) & (train @ (signs < 0) > 0)))
+    if alone.size:
+        raise ValueError(f"LogisticTuning: `cv`, fold {alone[0]}: its training rows have one class only.")

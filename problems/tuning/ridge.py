@@ -1,0 +1,92 @@
+"""Ridge regression."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+import bilevel
+
+from ._criteria import AbstractCriterion, Everything, Training, criterion
+from ._penalties import Penalties
+
+
+class RidgeTuning(bilevel.AbstractBilevelProblem):
+    """The log-penalties x of a ridge regression, tuned for its validation error.
+
+    Inner: minimize over the weights w, with n training rows X w ~ b and p features,
+
+        |X w - b|^2 / (2n) + (1/2p) sum_j exp(x_j) w_j^2,
+
+    which is scikit-learn's `Ridge(alpha=n * exp(x) / p, fit_intercept=False)` where x is shared. Outer: half the mean
+    squared error on the validation rows. There is no intercept: center the data, or add a column of ones.
+
+    **Arguments:** `X`: shape (n, p), real and finite; its floating dtype is the problem's (other dtypes become JAX's
+    default). `y`: the targets b, shape (n,). Then one of
+
+    - `X_val`, `y_val`: a validation set, shapes (m, p) and (m,);
+    - `cv`: K folds as one inner problem. A number shuffles the rows once and cuts them like scikit-learn's
+      `KFold(cv, shuffle=True, random_state=0)`. Otherwise a sequence of (training, validation) row indices, or an
+      object with `split(X, y)`. The inner objective is the sum over folds, the outer function their average.
+
+    `penalties`: "per-feature", x of shape (p,), or "shared", x of shape (). `groups`: an integer per feature,
+    numbered from 0; x then has one entry per group.
+
+    y has shape (p,), with `cv` (K, p). The arrays are leaves: `jax.tree.map` over the problem casts them, and other
+    data of the same shape compile nothing anew.
+
+    **Raises:** ValueError, TypeError naming the argument: shapes or lengths that do not fit, NaN or infinity, a
+    sparse X, both or neither of validation set and `cv`, unknown `penalties`, unusable `groups` or folds.
+    """
+
+    criterion: AbstractCriterion
+    penalties: Penalties
+
+    def __init__(
+        self,
+        X: Any,
+        y: Any,
+        X_val: Any = None,
+        y_val: Any = None,
+        *,
+        cv: Any = None,
+        penalties: Any = "per-feature",
+        groups: Any = None,
+    ):
+        self.criterion = criterion("RidgeTuning", X, y, X_val, y_val, cv)
+        self.penalties = Penalties("RidgeTuning", penalties, groups, self.criterion.X.shape[1])
+
+    @property
+    def inner(self) -> bilevel.Minimization:
+        """The training of the weights, in all folds at once where there are folds."""
+        return bilevel.Minimization(Training(self.criterion, self.penalties, _half_square))
+
+    def outer(self, x: Array, y: Array) -> Float[Array, ""]:
+        """Half the mean squared validation error, averaged over folds."""
+        return self.criterion.validation(_half_square, y)
+
+    def initial(self) -> tuple[Array, Array]:
+        """`(x0, y0)`: zeros of the problem's shapes and dtype."""
+        return jnp.zeros(self.penalties.shape, self.criterion.X.dtype), self.criterion.initial()
+
+    def refit(self, x: Array) -> Float[Array, " p"]:
+        """The weights trained at x on all rows of `X` and `y`: the model to keep after tuning. Differentiable in x.
+
+        With `cv` these are the rows of all folds; a validation set stays aside.
+        """
+        c = self.criterion
+        inner = bilevel.Minimization(Everything(c.X, c.targets, self.penalties, _half_square))
+        return bilevel.solve(inner, x, jnp.zeros(c.X.shape[1], c.X.dtype)).y
+
+    def predict(self, y: Float[Array, "*k p"], X: Any) -> Float[Array, " m"]:
+        """The predictions X y, shape (m,), for X of shape (m, p) and weights of shape (p,), such as `refit` gives.
+
+        For the weights of K folds, shape (K, p), the average of their predictions.
+        """
+        return self.criterion.scores("RidgeTuning.predict", y, X).mean(axis=0)
+
+
+def _half_square(prediction: Array, target: Array) -> Array:
+    return 0.5 * jnp.square(prediction - target)
