@@ -84,7 +84,9 @@ def read(path: Path, mark: str) -> list[Evaluation]:
             found = str(data["mark"])
             columns = [data[f"e_{name}"] for name in Evaluation._fields]
     except Exception as error:
-        raise ValueError(f"{foreign} is no checkpoint of bilevel.minimize ({error}); it was left untouched.") from error
+        raise ValueError(
+            f"{foreign} is no checkpoint of bilevel.minimize ({error}); it was left untouched."
+        ) from error
     if found != mark:
         raise ValueError(
             f"{foreign} belongs to another problem, start, bounds or method; it was left untouched. Pass another path, "

@@ -22,15 +22,18 @@ from jax import lax
 from jaxtyping import PyTree
 
 from . import _trees as trees
+from ._precision import can_lower, lowered, raised
 from ._trees import ravel, ravel_like
 from .correct import AbstractCorrection, Newton, correct
 from .errors import Status, meanings
-from .linear import AbstractLinearSolver, choose, linear_system
+from .linear import AbstractLinearSolver, MixedPrecision, both, choose, linear_system, refine
+from .problem import as_node
 from .reparametrize import AbstractReparametrization, in_coordinates
 
 __all__ = ["AbstractAdjoint", "Estimate", "ImplicitAdjoint", "Target"]
 
 _CHORDS = 8  # corrections with one factorization before a new one is made
+_STALE = 0.3  # relative residual up to which a factorization from elsewhere may stand in for the one here
 _CONTRACTION = 0.5  # residuals must fall at least by this factor for an error estimate to be trusted
 UNUSABLE = (
     "singular",
@@ -73,7 +76,8 @@ class Estimate(NamedTuple):
     step: jax.Array  # the Newton step still to go, flat
     status: Status
     inner_touches_x: jax.Array  # False where F_x' v is exactly zero although v is not
-    contracted: jax.Array  # whether the correction at least halved the residual
+    contracted: jax.Array  # whether the correction lowered the residual
+    quality: jax.Array  # how wrong the prepared state is at this point: relative residual of its own solutions
     evaluations: jax.Array  # of F
     products: jax.Array  # with F_y, those of a dense matrix included
 
@@ -106,9 +110,9 @@ class AbstractAdjoint(eqx.Module):
         return None
 
     @abc.abstractmethod
-    def estimate(self, problem, x, y, *, target: Target | None = None, guess=None, final=True) -> Estimate:
-        """The hypergradient at (x, y), y as it is up to the rule's own correction. Traced. With a `target` the rule may
-        go on improving y by its own means; unless `final` it may stop where another factorization is due."""
+    def estimate(self, problem, x, y, *, target: Target | None = None, guess=None) -> Estimate:
+        """The hypergradient at (x, y), y as it is up to the rule's own correction. Traced. With a `target`
+        the rule may go on improving y by its own means."""
 
     @abc.abstractmethod
     def differentiable(self, inner, x, y0, work: Callable, *, throw: bool) -> tuple[PyTree, PyTree]:
@@ -152,18 +156,17 @@ class ImplicitAdjoint(AbstractAdjoint):
 
     def solver_for(self, inner, x, y) -> AbstractLinearSolver:
         """The linear solver this rule uses for an inner problem at (x, y)."""
-        size = sum(leaf.size for leaf in jax.tree.leaves(y))
-        return choose(self.linear_solver, inner, size, inner.operator_at(x, y) is not None)
+        return choose(self.linear_solver, inner, x, y, loose=True)
 
-    def estimate(self, problem, x, y, *, target=None, guess=None, final=True):
+    def estimate(self, problem, x, y, *, target=None, guess=None):
         if self.reparametrization is not None:
             inner, outer, z, back = in_coordinates(problem.inner, problem.outer, self.reparametrization, x, y)
             plain = eqx.tree_at(lambda a: a.reparametrization, self, None, is_leaf=lambda a: a is None)
-            found = plain.estimate(_Pair(inner, outer), x, z, target=target, guess=guess, final=final)
+            found = plain.estimate(_Pair(inner, outer), x, z, target=target, guess=guess)
             _, unravel = ravel(z)
             flat, _ = ravel(back(x, unravel(found.flat)))
             return found._replace(flat=flat)
-        return _estimate(self, problem, x, y, target, guess, final)
+        return _estimate(self, problem, x, y, target, guess)
 
     def differentiable(self, inner, x, y0, work, *, throw):
         return implicit(inner, x, y0, work, self.linear_solver, throw=throw)
@@ -177,50 +180,39 @@ class _Pair(NamedTuple):
 # ------------------------------------------------------------------------------------------------ at a point
 
 
-def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess, final) -> Estimate:
+def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess) -> Estimate:
     inner = problem.inner
     flat, unravel = ravel(y)
     eps = float(jnp.finfo(flat.dtype).eps)
     solver = adjoint.solver_for(inner, x, y)
     correction = adjoint.correction
     newton = correction is not None and correction.uses_newton
-    one_digit = None if target is None else jnp.asarray(1e-4, flat.dtype)  # what the forward solve needs at least
-    moved = correct(correction, solver, inner, x, flat, unravel, guard=adjoint.guard, rtol=one_digit)
+    improving = newton and target is not None
+    moved = correct(correction, solver, inner, x, flat, unravel, guard=adjoint.guard, loose=target is not None)
     if target is not None:
-        rtol = jnp.clip(0.03 * target.aim, 10 * eps, 1e-3).astype(flat.dtype)
+        rtol = jnp.clip(0.1 * target.aim, 10 * eps, 1e-3).astype(flat.dtype)
     elif correction is None:
         rtol = jnp.asarray(max(1e-10, 50 * eps), flat.dtype)
     else:  # order two needs an adjoint residual of the order of the squared inner error
         relative = moved.moved / jnp.maximum(jnp.linalg.norm(flat), jnp.finfo(flat.dtype).tiny)
         rtol = jnp.clip(0.01 * relative**2, 50 * eps, max(1e-6, 50 * eps)).astype(flat.dtype)
-
-    def evaluated(_):
-        here, extra = moved.flat, jnp.zeros((), jnp.int32)
-        if newton and target is not None:
-            here, extra = _descend(inner, x, here, unravel, solver, moved, target)
-        found = evaluate(problem, x, here, unravel, solver, moved.state, guess=guess, rtol=rtol)
-        untrusted = Status.where(
-            _trusted(newton, moved, found, inner, x, unravel), Status(), Status("estimate_untrusted")
-        )
-        found = found._replace(
-            status=found.status.then(moved.status).then(untrusted), evaluations=found.evaluations + extra
-        )
-        if newton and target is not None:
-            found = _chords(problem, x, unravel, solver, moved.state, found, target, rtol)
-        return found
-
-    if newton and target is not None:
-        # a step that worked, but from afar: another factorization comes first, all further work here would be lost
-        far = moved.used & ~moved.settled & (moved.status.code == 0) & ~jnp.asarray(final)
-        far = far & (moved.after > 0.25 * moved.before) & (moved.after <= _CONTRACTION * moved.before)
-        empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(evaluated, 0))
-        skipped = empty._replace(
-            flat=moved.flat, inner_residual=moved.after, error=jnp.full_like(empty.error, jnp.inf),
-            status=Status("estimate_untrusted"), inner_touches_x=jnp.asarray(True),
-        )  # fmt: skip
-        found = lax.cond(far, lambda _: skipped, evaluated, 0)
+    here, at, extra, last = moved.flat, moved.at, jnp.zeros((), jnp.int32), moved.moved
+    if improving and solver.keeps:
+        here, extra, last = _descend(inner, x, unravel, solver, moved, target)
+        at = None
+    found = evaluate(problem, x, here, unravel, solver, moved.state, guess=guess, rtol=rtol, at=at)
+    trusted = moved.settled | ~moved.used
+    if newton:
+        trusted = trusted | _contracts(found, last, solver)
     else:
-        found = evaluated(0)
+        after = ravel_like(inner.optimality(x, unravel(found.flat - found.step)), flat.dtype)
+        trusted = _tiny(found) | (jnp.linalg.norm(after) <= _CONTRACTION * found.inner_residual)
+    untrusted = Status.where(trusted, Status(), Status("estimate_untrusted"))
+    found = found._replace(
+        status=found.status.then(moved.status).then(untrusted), evaluations=found.evaluations + extra
+    )
+    if improving:
+        found = _chords(problem, x, unravel, solver, moved.state, found, target, rtol)
     inexact = (found.status.code == Status("correction_rejected").code) | (
         found.status.code == Status("estimate_untrusted").code
     )
@@ -228,53 +220,55 @@ def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess, final) -> 
         error=jnp.where(inexact, jnp.inf, found.error),
         evaluations=found.evaluations + moved.evaluations,
         products=found.products + moved.products,
-        contracted=moved.used & (moved.after <= _CONTRACTION * moved.before),
+        contracted=moved.used & (moved.after <= 0.9 * moved.before),
     )
 
 
-def _trusted(newton: bool, moved, found: Estimate, inner, x, unravel) -> jax.Array:
-    """Whether the residual contracts under Newton steps, which is what the error estimate rests on."""
+def _contracts(found: Estimate, last: jax.Array, solver) -> jax.Array:
+    """Whether the step still to go is clearly shorter than the last one taken, and is the right step: what an error
+    estimate of first order rests on. A state prepared elsewhere must still solve with dF/dy of this point."""
+    right = found.quality <= _STALE if solver.keeps else jnp.asarray(True)
+    return (right & (jnp.linalg.norm(found.step) <= _CONTRACTION * last)) | _tiny(found)
+
+
+def _tiny(found: Estimate) -> jax.Array:
+    """Whether the step still to go is round-off."""
     eps = jnp.finfo(found.flat.dtype).eps
-    if newton:
-        return (moved.after <= moved.before * _CONTRACTION) | moved.settled | ~moved.used
-    after = ravel_like(inner.optimality(x, unravel(found.flat - found.step)), found.flat.dtype)
-    tiny = jnp.linalg.norm(found.step) <= 1e3 * eps * jnp.linalg.norm(found.flat)
-    return (jnp.linalg.norm(after) <= _CONTRACTION * found.inner_residual) | tiny
+    return jnp.linalg.norm(found.step) <= 1e3 * eps * jnp.linalg.norm(found.flat)
 
 
-def _descend(inner, x, flat, unravel, solver, moved, target: Target):
+def _descend(inner, x, unravel, solver, moved, target: Target):
     """Steps with the factorization there is while they pay: until the step is small against the accuracy wanted."""
-    small = jnp.clip(target.aim.astype(flat.dtype), 1e-12, 1e-3)
+    small = jnp.clip(target.aim.astype(moved.flat.dtype), 1e-12, 1e-3)
+    residual, system = moved.at
+
+    def step_at(residual, system):
+        step = system.off_gauge(solver.approximate(moved.state, system, system.off_gauge(residual)).value)
+        return jnp.where(jnp.all(jnp.isfinite(step)), step, 0)
 
     def unfinished(carry):
         point, size, last, step, count, _ = carry
         worth = jnp.linalg.norm(step) > small * jnp.linalg.norm(point)
-        return worth & (size <= 0.25 * last) & (count < _CHORDS)
+        return worth & (size <= _CONTRACTION * last) & (count < 2 * _CHORDS)
 
     def body(carry):
-        point, size, _, step, count, _ = carry
+        point, size, _, step, count, taken = carry
         new = point - step
         residual, system = linear_system(inner, x, unravel(new))
         new_size = jnp.linalg.norm(residual)
-        rough = solver.rough(moved.state, system, system.off_gauge(residual))
-        lower = (new_size < size) & jnp.all(jnp.isfinite(rough.value))
-        new_step = jnp.where(lower, system.off_gauge(rough.value), 0)
-        point = jnp.where(lower, new, point)
-        return point, jnp.where(lower, new_size, size), size, new_step, count + 1, rough.products
+        lower = new_size < size
+        new_step = jnp.where(lower, step_at(residual, system), 0)
+        taken = jnp.where(lower, jnp.linalg.norm(step), taken)
+        return jnp.where(lower, new, point), jnp.where(lower, new_size, size), size, new_step, count + 1, taken
 
-    residual, system = linear_system(inner, x, unravel(flat))
-    step = system.off_gauge(solver.rough(moved.state, system, system.off_gauge(residual)).value)
-    step = jnp.where(jnp.all(jnp.isfinite(step)), step, 0)
     zero = jnp.zeros((), jnp.int32)
-    start = (flat, moved.after, moved.before, step, zero, zero.astype(jnp.asarray(0).dtype))
-    point, _, _, _, count, _ = lax.while_loop(unfinished, body, start)
-    return point, count + 1
+    start = (moved.flat, moved.after, moved.before, step_at(residual, system), zero, moved.moved)
+    point, _, _, _, count, taken = lax.while_loop(unfinished, body, start)
+    return point, count, taken
 
 
 def _chords(problem, x, unravel, solver, state, found: Estimate, target: Target, rtol) -> Estimate:
     """Takes the step that the error estimate has computed anyway, with the factorization there is, while it helps."""
-
-    eps = jnp.finfo(found.flat.dtype).eps
 
     def unfinished(carry):
         found, helps, count, _ = carry
@@ -283,9 +277,10 @@ def _chords(problem, x, unravel, solver, state, found: Estimate, target: Target,
     def body(carry):
         found, _, count, rtol = carry
         new = evaluate(problem, x, found.flat - found.step, unravel, solver, state, guess=found.adjoint, rtol=rtol)
-        tiny = jnp.linalg.norm(found.step) <= 1e3 * eps * jnp.linalg.norm(found.flat)  # only the adjoint is in want
-        lower = (new.inner_residual <= found.inner_residual) | tiny
-        helps = (new.error < 0.9 * found.error) & new.usable & lower
+        # where the step was round-off only the adjoint was in want
+        lower = (new.inner_residual <= found.inner_residual) | _tiny(found)
+        contracts = _contracts(new, jnp.linalg.norm(found.step), solver) | _tiny(found)
+        helps = (new.error < 0.9 * found.error) & new.usable & lower & contracts
         new = new._replace(products=found.products + new.products, evaluations=found.evaluations + new.evaluations)
         return trees.where(helps, new, found), helps, count + 1, 0.1 * rtol
 
@@ -294,45 +289,56 @@ def _chords(problem, x, unravel, solver, state, found: Estimate, target: Target,
     return found
 
 
-def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol) -> Estimate:
+def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None) -> Estimate:
     """Omega at this very point, and the estimate of its error to first order in the step still to go.
 
-    One linearization of F; one adjoint solve, refined with the products of this point; one tangent of grad l and
-    one rough adjoint solve, which carries the adjoint's own residual along: the error vector is
-    g_x - F_x' F_y^-T (g_y - rho), rho = G_y - F_y' v.
+    Two sweeps of approximate solves, each with the adjoint's right-hand side and one of the error estimate's side by
+    side (one pass over the data serves both), and in between the adjoint's residual with the products of this point:
+    v = v_0 + A^-T rho_0, and the error vector g_x - F_x' A^-T g_y, to which what remains of rho is added in norm.
+    `at`: `(F, system)` of this point, where the caller has them.
     """
     inner = problem.inner
     eps = float(jnp.finfo(flat.dtype).eps)
-    residual, system = linear_system(inner, x, unravel(flat))
+    residual, system = linear_system(inner, x, unravel(flat)) if at is None else at
 
     def outer(x, flat):
         return problem.outer(x, unravel(flat)).astype(flat.dtype)
 
-    def optimality(x, flat):
-        return ravel_like(inner.optimality(x, unravel(flat)), flat.dtype)
-
     value, (g_x, g_y) = jax.value_and_grad(outer, argnums=(0, 1))(x, flat)
+    pull_x = jax.vjp(lambda x: ravel_like(inner.optimality(x, unravel(flat)), flat.dtype), x)[1]
     status = Status("converged")
     if system.gauge is not None:
         along, size = jnp.linalg.norm(system.gauge(g_y)), jnp.linalg.norm(g_y)
         slides = along > jnp.sqrt(eps) * size
         status = Status.where(slides, Status("gauge_dependent"), status)
     g_y = system.off_gauge(g_y)
-    adjoint = solver.solve(state, system, g_y, transpose=True, rtol=rtol, guess=guess)
+
+    sweep = jnp.clip(jnp.sqrt(rtol), 1e-8, 0.03).astype(flat.dtype)
+    rest = g_y if guess is None else g_y - system.rmv(guess)
+    first, forward = both(solver, state, system, rest, sweep, system.off_gauge(residual))
+    step = system.off_gauge(forward.value)
+    v = first.value if guess is None else guess + first.value
+    if system.symmetric:  # side by side: one pass over the data
+        product, ahead = jax.vmap(system.mv)(jnp.stack([v, step]))
+    else:
+        product, ahead = system.rmv(v), system.mv(step)
+    asked, rest = rest, g_y - product
+    quality = jnp.maximum(_ratio(rest, asked), _ratio(system.off_gauge(residual) - ahead, residual))
+    low = isinstance(solver, MixedPrecision)  # one digit will do: where float32 pays, this is the place for it
+    tangent = _lagrangian_tangent(problem, x, unravel(flat), v, step, low)
+    second, turn = both(solver, state, system, rest, sweep, system.off_gauge(tangent[1]))
+    adjoint = refine(
+        lambda r: solver.approximate(state, system, r, rtol=sweep, transpose=True).value, system, g_y,
+        transpose=True, rtol=rtol, guess=v + second.value, condition=second.condition, status=first.status,
+    )  # fmt: skip
     v = system.off_gauge(adjoint.value)
-    pull_x = jax.vjp(lambda x: optimality(x, flat), x)[1]
     coupling = pull_x(v)[0]
     gradient = trees.subtract(g_x, coupling)
 
-    forward = solver.rough(state, system, system.off_gauge(residual))
-    step = system.off_gauge(forward.value)
-
-    def lagrangian(x, flat):
-        return outer(x, flat) - jnp.vdot(v, optimality(x, flat))
-
-    tangent = jax.jvp(lambda point: jax.grad(lagrangian, argnums=(0, 1))(x, point), (flat,), (step,))[1]
-    turn = solver.rough(state, system, system.off_gauge(tangent[1] - adjoint.residual), transpose=True)
     vector = trees.subtract(tangent[0], pull_x(system.off_gauge(turn.value))[0])
+    # J'rho of the adjoint's last residual, from its effect in the second sweep and by how much it shrank since
+    shrunk = _ratio(adjoint.residual, rest)
+    left = trees.norm(pull_x(system.off_gauge(second.value))[0]).astype(flat.dtype) * shrunk
     condition = jnp.maximum(adjoint.condition, forward.condition)
     scale = trees.norm(g_x) + trees.norm(coupling)
     floor = eps * jnp.where(jnp.isfinite(condition), condition, 1).astype(scale.dtype) * scale
@@ -344,7 +350,7 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol) -> Estima
         flat=flat,
         value=value,
         gradient=gradient,
-        error=(trees.norm(vector) + floor).astype(flat.dtype),
+        error=(trees.norm(vector) + floor).astype(flat.dtype) + left,
         floor=floor.astype(flat.dtype),
         inner_residual=jnp.linalg.norm(residual),
         adjoint_residual=jnp.linalg.norm(adjoint.residual),
@@ -354,9 +360,38 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol) -> Estima
         status=status,
         inner_touches_x=touches | (jnp.linalg.norm(v) == 0),
         contracted=jnp.asarray(True),
+        quality=quality,
         evaluations=jnp.ones((), jnp.int32),
-        products=(adjoint.products + forward.products + turn.products).astype(jnp.int32),
+        products=(adjoint.products + first.products + second.products + 1).astype(jnp.int32),
     )
+
+
+def _ratio(a, b):
+    size = jnp.linalg.norm(b)
+    return jnp.where(size > 0, jnp.linalg.norm(a) / jnp.where(size > 0, size, 1), 0)
+
+
+def _lagrangian_tangent(problem, x, y, v, step, low: bool):
+    """The tangent of grad l along (0, step), l = G - v'F with v frozen: `(like x, flat)`."""
+    flat = ravel_like(y, v.dtype)
+    size = jnp.linalg.norm(step)
+    scale = jnp.where(size > 0, size, 1)
+
+    def tangent(inner, outer, x, y, v, unit):
+        point, unravel = ravel(y)
+
+        def lagrangian(x, point):
+            y = unravel(point)
+            pairing = jnp.vdot(v, ravel_like(inner.optimality(x, y), v.dtype))
+            return outer(x, y).astype(v.dtype) - pairing
+
+        return jax.jvp(lambda p: jax.grad(lagrangian, argnums=(0, 1))(x, p), (point,), (unit,))[1]
+
+    arguments = (problem.inner, as_node(problem.outer), x, y, v, step / scale)
+    if low and can_lower(tangent, *arguments):
+        arguments = lowered(arguments)
+    along_x, along_y = raised(tangent(*arguments), (x, flat))
+    return jax.tree.map(lambda a: a * scale.astype(a.dtype), along_x), along_y * scale
 
 
 # ------------------------------------------------------------------------------------------------ the rule
@@ -398,7 +433,7 @@ def _closed_solves(inner, x, y0, linear_solver, *, throw: bool):
 def _solve_at(inner, x, y, b, linear_solver, *, transpose: bool, throw: bool):
     """F_y(x, y)^-1 b by the linear solver asked for, to round-off; NaN (or an error) where there is no solution."""
     x, y = jax.tree.map(lax.stop_gradient, (x, y))
-    solver = choose(linear_solver, inner, b.size, inner.operator_at(x, y) is not None)
+    solver = choose(linear_solver, inner, x, y)
     _, system = linear_system(inner, x, y)
     answer = solver.solve(solver.prepare(system), system, system.off_gauge(b), transpose=transpose)
     value = system.off_gauge(answer.value)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from . import _trees as trees
 from ._entry import check_tolerance, finish, prepare_problem
+from ._precision import worth_lowering
 from ._trees import ravel
 from .adjoint import AbstractAdjoint, Estimate, ImplicitAdjoint, Target, differentiable_estimate, usable
 from .errors import Status
@@ -155,7 +156,9 @@ def hypergradient(
 @eqx.filter_jit
 def _hypergradient(problem, x, y0, rtol, atol, solver, adjoint, max_steps):
     newton = adjoint.correction_used is not None and adjoint.correction_used.uses_newton
-    first = newton and solver is None and problem.inner.default_solver is None
+    default = solver is None and problem.inner.default_solver is None
+    # where the data are small a Newton step is tried at once; where they are large its matrix is the dear part
+    first = newton and default and not worth_lowering(problem.inner, x, y0)
     result, touches, _ = search(problem, x, y0, rtol, atol, solver, adjoint, max_steps, first)
     return result, touches
 
@@ -168,12 +171,12 @@ def search(problem, x, y0, rtol, atol, solver, adjoint, max_steps, newton_first,
         goals = (rtol, atol, rtol if aim is None else aim)
         target = Target(*(goal.astype(flat.dtype) for goal in goals))
 
-        def attempt(y, final):
-            found = adjoint.estimate(problem, x, y, target=target, guess=guess, final=final)
+        def attempt(y):
+            found = adjoint.estimate(problem, x, y, target=target, guess=guess)
             reached = target.allows(found.gradient, found.error) & (found.status.code == 0)
             allowed = jnp.maximum(target.rtol * trees.norm(found.gradient).astype(flat.dtype), target.atol)
             factor = jnp.clip(0.1 * allowed / jnp.where(found.error > 0, found.error, 1), 1e-4, 0.1)
-            factor = jnp.where(jnp.isfinite(factor) & found.usable, factor, 0.03)
+            factor = jnp.where(jnp.isfinite(found.error) & found.usable, factor, 0.1)
             newton = adjoint.correction_used is not None and adjoint.correction_used.uses_newton
             again = found.contracted & jnp.asarray(newton)
             return Attempt(

@@ -9,18 +9,19 @@ correction, the adjoint and the error estimate.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.scipy.linalg as jsl
 import lineax as lx
 from jax import lax
 from jaxtyping import PyTree
 
-from ._trees import ravel, ravel_like
+from ._dense import factor_definite, factor_general
+from ._precision import worth_lowering
+from ._system import LinearSystem, linear_system, spectral_norm
+from ._trees import ravel_like
 from .errors import Status
 from .krylov import conjugate_gradient
 
@@ -37,79 +38,6 @@ __all__ = [
 
 DENSE_LIMIT = 2000
 """Largest number of unknowns that is solved densely by default (measured by `python -m benchmarks.threshold`)."""
-
-_COLUMNS = 256  # columns of a dense matrix formed at once: bounds memory, keeps matrix products large
-
-
-class LinearSystem(NamedTuple):
-    """dF/dy at one point in flat coordinates: products `mv` and `rmv` (transposed), and what is known of it."""
-
-    mv: Callable[[jax.Array], jax.Array]
-    rmv: Callable[[jax.Array], jax.Array]
-    size: int
-    dtype: Any
-    symmetric: bool
-    definite: bool
-    operator: Any  # lineax operator on y's structure, or None
-    unravel: Callable[[jax.Array], PyTree]
-    gauge: Callable[[jax.Array], jax.Array] | None
-
-    def product(self, v: jax.Array, transpose: bool) -> jax.Array:
-        return self.rmv(v) if transpose else self.mv(v)
-
-    def matrix(self) -> jax.Array:
-        """The dense matrix, shape (n, n), formed from products with unit vectors in blocks of columns."""
-        identity = jnp.eye(self.size, dtype=self.dtype)
-        if self.size <= _COLUMNS:
-            return jax.vmap(self.mv, out_axes=1)(identity)
-        return lax.map(self.mv, identity, batch_size=_COLUMNS).T
-
-    def off_gauge(self, v: jax.Array) -> jax.Array:
-        """v without its part along the gauge."""
-        return v if self.gauge is None else v - self.gauge(v)
-
-
-def linear_system(inner, x: PyTree, y: PyTree) -> tuple[jax.Array, LinearSystem]:
-    """F(x, y), flat, and dF/dy there, linearized once (each product is then one pass forward and one back)."""
-    flat, unravel = ravel(y)
-
-    def optimality(flat):
-        return ravel_like(inner.optimality(x, unravel(flat)), flat.dtype)
-
-    residual, mv = jax.linearize(optimality, flat)
-    if inner.symmetric:
-        rmv = mv
-    else:
-        transposed = jax.linear_transpose(mv, flat)
-        rmv = lambda v: transposed(v)[0]
-    operator = inner.operator_at(x, y)
-    if operator is not None:
-        _check_operator(operator, flat.size)
-    gauge = None
-    if inner.gauge_part(x, y) is not None:  # shift the flat directions away from zero: a solve on the quotient
-        gauge = lambda v: ravel_like(inner.gauge_part(x, unravel(v)), flat.dtype)
-        mv, rmv = _shifted(mv, gauge, flat), _shifted(rmv, gauge, flat)
-    system = LinearSystem(mv, rmv, flat.size, flat.dtype, inner.symmetric, inner.definite, operator, unravel, gauge)
-    return residual, system
-
-
-def _shifted(mv, gauge, flat):
-    """mv + s * (projector on the gauge), s the size of the matrix along one probe off the gauge."""
-    probe = jnp.cos(jnp.arange(1, flat.size + 1, dtype=flat.dtype))
-    probe = probe - gauge(probe)
-    size = jnp.linalg.norm(mv(probe)) / jnp.maximum(jnp.linalg.norm(probe), jnp.finfo(flat.dtype).tiny)
-    size = jnp.where(size > 0, size, 1)
-    return lambda v: mv(v) + size * gauge(v)
-
-
-def _check_operator(operator, size: int) -> None:
-    if not isinstance(operator, lx.AbstractLinearOperator):
-        raise TypeError(f"bilevel: `operator(x, y)` must return a lineax operator, found {type(operator).__name__}.")
-    if operator.in_size() != size or operator.out_size() != size:
-        raise ValueError(
-            f"bilevel: `operator(x, y)` must map y's structure to itself ({size} numbers), found a map from "
-            f"{operator.in_size()} to {operator.out_size()}."
-        )
 
 
 class LinearSolution(NamedTuple):
@@ -143,80 +71,31 @@ class AbstractLinearSolver(eqx.Module):
     def solve(self, state, system, b, *, transpose=False, rtol=None, guess=None, forcing=None) -> LinearSolution:
         """Solves A v = b (or A' v = b), A of `system`, to |b - A v| <= rtol |b|; `forcing` as in `krylov.py`."""
 
-    def rough(self, state, system, b, *, transpose=False) -> LinearSolution:
-        """A solution to about one digit, for error estimates."""
-        return self.solve(state, system, b, transpose=transpose, rtol=0.03)
+    def approximate(self, state, system, b, *, rtol=0.03, transpose=False) -> LinearSolution:
+        """A solution to about `rtol` (a stale state as good as it is), its residual not tested: for error estimates,
+        and for callers who look at the residual themselves."""
+        return self.solve(state, system, b, transpose=transpose, rtol=rtol)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the prepared state does most of the work, and is worth keeping at nearby points."""
+        return False
 
 
-# ------------------------------------------------------------------------------------------------ dense
+def both(solver: AbstractLinearSolver, state, system: LinearSystem, b, rtol, c) -> tuple[LinearSolution, LinearSolution]:
+    """Approximate solutions of A'v = b to `rtol` and of A w = c (or, if A is symmetric, either way) to one digit."""
+    one_digit = jnp.asarray(0.03, b.dtype)
+    if system.symmetric:
+        solve = lambda b, rtol: solver.approximate(state, system, b, rtol=rtol)
+        out = jax.vmap(solve)(jnp.stack([b, c]), jnp.stack([jnp.asarray(rtol, b.dtype), one_digit]))
+        return jax.tree.map(lambda a: a[0], out), jax.tree.map(lambda a: a[1], out)
+    return (
+        solver.approximate(state, system, b, rtol=rtol, transpose=True),
+        solver.approximate(state, system, c, rtol=one_digit),
+    )
 
 
-class _Dense(eqx.Module):
-    factor: jax.Array
-    permutation: jax.Array
-    left: jax.Array
-    right: jax.Array
-    condition: jax.Array
-    status: Status
-    cholesky: bool = eqx.field(static=True)
-
-    def solve(self, b, transpose: bool):
-        if self.cholesky:
-            return self.right * jsl.cho_solve((self.factor, True), self.left * b)
-        first, last = (self.right, self.left) if transpose else (self.left, self.right)
-        return last * jsl.lu_solve((self.factor, self.permutation), first * b, trans=1 if transpose else 0)
-
-
-def _factor_definite(a: jax.Array) -> _Dense:
-    """Cholesky of the symmetrically scaled matrix; what fails is told apart by its smallest eigenvalue."""
-    n, dtype = a.shape[0], a.dtype
-    a = 0.5 * (a + a.T)
-    diagonal = jnp.diagonal(a)
-    scale = jnp.where(diagonal > 0, 1 / jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1)), 1)
-    scaled = a * scale[:, None] * scale[None, :]
-    factor = jnp.linalg.cholesky(scaled, symmetrize_input=False)
-    pivots = jnp.square(jnp.diagonal(factor))
-    smallest = jnp.min(pivots)
-    threshold = _threshold(n, dtype) * jnp.max(pivots)
-    good = jnp.all(jnp.isfinite(factor)) & (smallest > threshold)
-
-    def why(matrix):
-        values = jnp.linalg.eigvalsh(matrix)
-        size = jnp.max(jnp.abs(values))
-        saddle = values[0] < -10 * _threshold(n, dtype) * size
-        status = Status.where(saddle, Status("not_a_minimum"), Status("singular"))
-        return Status.where(jnp.isfinite(size), status, Status("non_finite")).code
-
-    code = lax.cond(good, lambda _: Status("converged").code, why, scaled)
-    condition = jnp.where(good, jnp.max(pivots) / jnp.where(good, smallest, 1), jnp.inf)
-    unused = jnp.zeros((0,), jnp.int32)
-    return _Dense(factor, unused, scale, scale, condition, Status(code), True)
-
-
-def _factor_general(a: jax.Array) -> _Dense:
-    """LU with partial pivoting of the row- and column-scaled matrix."""
-    n, dtype = a.shape[0], a.dtype
-    rows = jnp.max(jnp.abs(a), axis=1)
-    left = jnp.where(rows > 0, 1 / jnp.where(rows > 0, rows, 1), 1)
-    scaled = a * left[:, None]
-    columns = jnp.max(jnp.abs(scaled), axis=0)
-    right = jnp.where(columns > 0, 1 / jnp.where(columns > 0, columns, 1), 1)
-    scaled = scaled * right[None, :]
-    factor, permutation = jsl.lu_factor(scaled)
-    pivots = jnp.abs(jnp.diagonal(factor))
-    smallest, largest = jnp.min(pivots), jnp.max(pivots)
-    good = smallest > _threshold(n, dtype) * largest
-    status = Status.where(good, Status("converged"), Status("singular"))
-    status = Status.where(jnp.all(jnp.isfinite(a)), status, Status("non_finite"))
-    condition = jnp.where(good, largest / jnp.where(good, smallest, 1), jnp.inf)
-    return _Dense(factor, permutation.astype(jnp.int32), left, right, condition, status, False)
-
-
-def _threshold(n: int, dtype) -> float:
-    return 2.0 * max(n, 8) * float(jnp.finfo(dtype).eps)
-
-
-def _refine(apply, system: LinearSystem, b, *, transpose, rtol, guess, condition, status) -> LinearSolution:
+def refine(apply, system: LinearSystem, b, *, transpose, rtol, guess, condition, status) -> LinearSolution:
     """v <- v + P^-1 (b - A v) while it contracts: exact solves with a stale or approximate P."""
     b_norm = jnp.linalg.norm(b)
     eps = jnp.finfo(b.dtype).eps
@@ -227,7 +106,7 @@ def _refine(apply, system: LinearSystem, b, *, transpose, rtol, guess, condition
 
     def unfinished(carry):
         _, _, size, last, count = carry
-        return (size > target) & (size < 0.5 * last) & (count < 12)
+        return (size > target) & (size < 0.7 * last) & (count < 20)
 
     def body(carry):
         v, r, size, _, count = carry
@@ -255,20 +134,24 @@ class Direct(AbstractLinearSolver):
 
     def prepare(self, system):
         matrix = system.matrix()
-        return _factor_definite(matrix) if system.definite else _factor_general(matrix)
+        return factor_definite(matrix) if system.definite else factor_general(matrix)
 
     def cost(self, system):
         return system.size
 
     def solve(self, state, system, b, *, transpose=False, rtol=None, guess=None, forcing=None):
-        return _refine(
+        return refine(
             lambda r: state.solve(r, transpose), system, b, transpose=transpose, rtol=rtol, guess=guess,
             condition=state.condition, status=state.status,
         )  # fmt: skip
 
-    def rough(self, state, system, b, *, transpose=False):
+    def approximate(self, state, system, b, *, rtol=0.03, transpose=False):
         v = state.solve(b, transpose)
         return LinearSolution(v, jnp.zeros_like(b), state.status, state.condition, jnp.asarray(0))
+
+    @property
+    def keeps(self):
+        return True
 
 
 # ------------------------------------------------------------------------------------------------ iterative
@@ -394,19 +277,6 @@ class Neumann(AbstractLinearSolver):
         return LinearSolution(v, residual, status, jnp.ones((), b.dtype), jnp.asarray(self.terms + 1))
 
 
-def spectral_norm(system: LinearSystem, steps: int = 20, safety: float = 1.05) -> jax.Array:
-    """|A| by power iteration on A'A from a fixed start, times a safety factor."""
-    v = jnp.cos(jnp.arange(1, system.size + 1, dtype=system.dtype))
-
-    def body(_, v):
-        w = system.rmv(system.mv(v / jnp.linalg.norm(v)))
-        return jnp.where(jnp.linalg.norm(w) > 0, w, v / jnp.linalg.norm(v))
-
-    v = lax.fori_loop(0, steps, body, v)
-    size = jnp.sqrt(jnp.linalg.norm(v))
-    return jnp.where(size > 0, safety * size, 1)
-
-
 # ------------------------------------------------------------------------------------------------ lineax
 
 
@@ -451,14 +321,101 @@ class Lineax(AbstractLinearSolver):
             good = jnp.linalg.norm(residual) <= 10 * wanted * jnp.linalg.norm(b)
             status = Status.where(good | ~finite, status, Status("linear_solve"))
             return LinearSolution(first, residual, status, one, jnp.asarray(1))
-        return _refine(
+        return refine(
             lambda r: apply(system.off_gauge(r)), system, system.off_gauge(b), transpose=transpose, rtol=rtol,
             guess=first if guess is None else guess, condition=one, status=status,
         )  # fmt: skip
 
 
-def choose(linear_solver: Any, inner, system_size: int, has_operator: bool) -> AbstractLinearSolver:
-    """The solver asked for, else the inner problem's own, else by structure and size."""
+class MixedPrecision(AbstractLinearSolver):
+    """Another solver in float32 as the preconditioner of refinement in float64 (for data too large for the cache).
+
+    Where float32 finds the matrix singular or indefinite, float64 decides.
+    """
+
+    low: AbstractLinearSolver
+
+    def prepare(self, system):
+        lower = system.lower()
+        state = self.low.prepare(lower)
+        if not isinstance(self.low, Direct):
+            return lower, state, None
+        good = state.status.code == 0
+        shape = jax.eval_shape(lambda: self.low.prepare(system))
+        nothing = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shape)
+        return lower, state, lax.cond(good, nothing, lambda: self.low.prepare(system))
+
+    def cost(self, system):
+        return self.low.cost(system)
+
+    def _apply(self, state, b, transpose, rtol):
+        """`(value, status, condition, products)` of a solve in float32, b scaled to length one first."""
+        lower, low_state, full = state
+        size = jnp.linalg.norm(b)
+        scale = jnp.where(size > 0, size, 1)
+        unit = (b / scale).astype(lower.dtype)
+        if full is None:
+            out = self.low.solve(low_state, lower, unit, transpose=transpose, rtol=jnp.clip(rtol, 1e-4, 3e-2))
+            value = out.value.astype(b.dtype) * scale
+            return value, out.status, out.condition.astype(b.dtype), out.products
+        good = low_state.status.code == 0
+        value = lax.cond(
+            good,
+            lambda: low_state.solve(unit, transpose).astype(b.dtype) * scale,
+            lambda: full.solve(b, transpose),
+        )
+        status = Status.where(good, Status(), full.status)
+        condition = jnp.where(good, low_state.condition.astype(b.dtype), full.condition)
+        return value, status, condition, jnp.asarray(0)
+
+    def solve(self, state, system, b, *, transpose=False, rtol=None, guess=None, forcing=None):
+        wanted = jnp.asarray(50 * jnp.finfo(b.dtype).eps if rtol is None else rtol, b.dtype)
+        value, status, condition, products = self._apply(state, b, transpose, wanted)
+        start = value
+        if guess is not None:  # whichever is closer
+            rest = jnp.linalg.norm(b - system.product(guess, transpose))
+            start = jnp.where(rest < 1e-4 * jnp.linalg.norm(b), guess, value)
+        out = refine(
+            lambda r: self._apply(state, r, transpose, wanted)[0], system, b, transpose=transpose, rtol=rtol,
+            guess=start, condition=condition, status=status,
+        )  # fmt: skip
+        if isinstance(self.low, Direct):
+            return out._replace(products=out.products + products)
+        # iterative: float32 is no judge of the matrix, and where it does not get there float64 goes on
+        fallback = lambda: self.low.solve(None, system, b, transpose=transpose, rtol=rtol, forcing=forcing)
+        return lax.cond(
+            out.status.code == 0,
+            lambda: jax.tree.map(lambda a, b: a.astype(b.dtype), out, jax.eval_shape(fallback)),
+            fallback,
+        )
+
+    def approximate(self, state, system, b, *, rtol=0.03, transpose=False):
+        value, status, condition, products = self._apply(state, b, transpose, jnp.asarray(rtol, b.dtype))
+        return LinearSolution(value, jnp.zeros_like(b), status, condition, products)
+
+    @property
+    def keeps(self):
+        return self.low.keeps
+
+
+def first_reduction(inner, x: PyTree, y: PyTree) -> float:
+    """By how much the first inner solve should lower |F| before a Newton step is tried.
+
+    A dense matrix costs about n / 50 gradients where the data stream from memory and n / 8 where they sit in the
+    cache (matrix products gain less there; `python -m benchmarks.threshold`). Where it is cheap it may be formed
+    early, and once more if need be; where it is dear the solver goes on until one suffices.
+    """
+    size = sum(leaf.size for leaf in jax.tree.leaves(y))
+    if size > DENSE_LIMIT:
+        return 1e-4
+    data = sum(leaf.nbytes for leaf in jax.tree.leaves(inner) if eqx.is_array(leaf))
+    gradients = size / (50 if data > 2**25 else 8)
+    return 1e-3 if gradients <= 30 else 1e-5
+
+
+def choose(linear_solver: Any, inner, x: PyTree, y: PyTree, *, loose: bool = False) -> AbstractLinearSolver:
+    """The solver asked for, else the inner problem's own, else by structure and size; `loose`: the caller wants about
+    one digit and refines the rest itself, so that float32 may serve where it pays."""
     named = linear_solver if linear_solver is not None else inner.linear_solver
     if isinstance(named, AbstractLinearSolver):
         return named
@@ -469,8 +426,12 @@ def choose(linear_solver: Any, inner, system_size: int, has_operator: bool) -> A
             f"bilevel: linear_solver must be Direct(), ConjugateGradient(), Krylov(), Neumann(terms) or a lineax "
             f"solver, found {named!r}."
         )
-    if has_operator:
+    if inner.operator_at(x, y) is not None:
         return Lineax(lx.AutoLinearSolver(well_posed=True))
-    if system_size <= DENSE_LIMIT:
-        return Direct()
-    return ConjugateGradient() if inner.symmetric and inner.definite else Krylov()
+    size = sum(leaf.size for leaf in jax.tree.leaves(y))
+    if size <= DENSE_LIMIT:
+        solver = Direct()
+    else:
+        solver = ConjugateGradient() if inner.symmetric and inner.definite else Krylov()
+    gauge = inner.gauge_part(x, y) is not None
+    return MixedPrecision(solver) if loose and not gauge and worth_lowering(inner, x, y) else solver

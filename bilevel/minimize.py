@@ -206,7 +206,9 @@ class _Loop:
         if self.converged:
             message = f"the projected gradient fell to {size:.2e}, below {bound:.2e}"
         elif state.step >= setting.max_steps:
-            message = f"max_steps = {setting.max_steps} reached with a projected gradient of {size:.2e} (wanted {bound:.2e})"
+            message = (
+                f"max_steps = {setting.max_steps} reached with a projected gradient of {size:.2e} (wanted {bound:.2e})"
+            )
         else:
             cause = "the round-off floor" if last.at_floor or last.error > 0.1 * size else "the line search"
             message = (
@@ -223,12 +225,16 @@ def _check_method(method: Any, prox: Any) -> Any:
     if isinstance(method, str):
         word = method.lower()
         if word not in _WORDS:
-            raise ValueError(f"bilevel.minimize: unknown method {method!r}; choose one of {_WORDS} or an optax optimizer.")
+            raise ValueError(
+                f"bilevel.minimize: unknown method {method!r}; choose one of {_WORDS} or an optax optimizer."
+            )
         if word == "proximal-gradient" and prox is None:
             raise ValueError("bilevel.minimize: method 'proximal-gradient' needs a prox.")
         return "proximal-gradient" if prox is not None else word
     if not (callable(getattr(method, "init", None)) and callable(getattr(method, "update", None))):
-        raise TypeError(f"bilevel.minimize: method must be a word of {_WORDS} or an optax optimizer, found {method!r}.")
+        raise TypeError(
+            f"bilevel.minimize: method must be a word of {_WORDS} or an optax optimizer, found {method!r}."
+        )
     if prox is not None:
         raise ValueError(
             "bilevel.minimize: an optax optimizer does not know its step size, which a prox needs; leave method alone."

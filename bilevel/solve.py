@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from . import _precision as precision
 from ._entry import check_tolerance, finish, prepare_inner
 from ._trees import ravel, ravel_like
 from .adjoint import AbstractAdjoint, ImplicitAdjoint, usable
 from .correct import correct
 from .errors import Status
-from .linear import choose, linear_system
+from .linear import choose, first_reduction, linear_system
 from .problem import AbstractInner
 from .solvers import resolve
 
@@ -86,11 +87,12 @@ def rounds(
     neither helps any more (`stalled`), or after `max_steps` steps of the solver.
     """
     who = resolve(solver, inner)
+    low = solver is None and inner.default_solver is None and precision.worth_lowering(inner, x, y0)
     flat, unravel = ravel(y0)
     size0 = jnp.linalg.norm(ravel_like(inner.optimality(x, y0), flat.dtype))
     big = jnp.asarray(jnp.inf, flat.dtype)
-    tol = big if newton_first else 0.01 * size0
-    shape = jax.eval_shape(attempt, y0, jnp.asarray(True))
+    tol = big if newton_first else first_reduction(inner, x, y0) * size0
+    shape = jax.eval_shape(attempt, y0)
     empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
     zero = jnp.zeros((), jnp.int32)
     start = (flat, tol, size0, empty, zero, zero, zero, zero, jnp.asarray(False))
@@ -107,14 +109,20 @@ def rounds(
         else:
             ask = ask & (steps < max_steps)
 
+        def run_with(inner, x, y):
+            found = who.find(inner, x, y, tol=tol, max_steps=max_steps)
+            return ravel_like(found.y, flat.dtype), found.steps.astype(jnp.int32), found.evaluations.astype(jnp.int32)
+
         def run(point):
-            found = who.find(inner, x, unravel(point), tol=tol, max_steps=max_steps)
-            new = ravel_like(found.y, flat.dtype)
-            return new, found.steps.astype(jnp.int32), found.evaluations.astype(jnp.int32)
+            full = lambda point: run_with(inner, x, unravel(point))
+            if not low:
+                return full(point)
+            loose = lambda point: run_with(*precision.lowered((inner, x, unravel(point))))
+            return lax.cond(tol > 1e-5 * size0, loose, full, point)
 
         nothing = jnp.zeros((), jnp.int32)
         new, did, spent = lax.cond(ask, run, lambda point: (point, nothing, nothing), point)
-        new_attempt = attempt(unravel(new), (count + 1 >= ROUNDS) | (steps + did >= max_steps))
+        new_attempt = attempt(unravel(new))
         progress = new_attempt.residual < 0.9 * size
         asked_in_vain = ask & (did <= 1) & ~progress & (count > 0)
         # a refused Newton step says nothing about the solver: it gets its turn first
@@ -144,11 +152,11 @@ def _locate(inner, x, y, adjoint: AbstractAdjoint, rtol, atol) -> Attempt:
     """Corrects y once and measures what is left by the next Newton step."""
     flat, unravel = ravel(y)
     eps = jnp.finfo(flat.dtype).eps
-    solver = choose(adjoint.linear_solver_used, inner, flat.size, inner.operator_at(x, y) is not None)
-    moved = correct(adjoint.correction_used, solver, inner, x, flat, unravel, rtol=1e-6)
+    solver = choose(adjoint.linear_solver_used, inner, x, y, loose=True)
+    moved = correct(adjoint.correction_used, solver, inner, x, flat, unravel, loose=True)
     y_hat = unravel(moved.flat)
     residual, system = linear_system(inner, x, y_hat)
-    rough = solver.rough(moved.state, system, system.off_gauge(residual))
+    rough = solver.approximate(moved.state, system, system.off_gauge(residual))
     step = system.off_gauge(rough.value)
     own = inner.size_of_error(x, y_hat, unravel(residual), unravel(step))
     error, scale = own if own is not None else (jnp.linalg.norm(step), jnp.linalg.norm(moved.flat))
@@ -160,7 +168,7 @@ def _locate(inner, x, y, adjoint: AbstractAdjoint, rtol, atol) -> Attempt:
     reached = fine & (error <= allowed)
     newton = adjoint.correction_used is not None and adjoint.correction_used.uses_newton
     factor = jnp.clip(0.3 * allowed / jnp.where(error > 0, error, 1), 1e-4, 0.1)
-    factor = jnp.where(fine, factor, 0.03)
+    factor = jnp.where(fine, factor, 0.1)
     located = _Located(moved.flat, moved.after, error, floor, status)
     again = jnp.asarray(newton) & contracted
     evaluations, products = moved.evaluations + 1, moved.products + rough.products.astype(jnp.int32)
@@ -212,11 +220,12 @@ def solve(
 @eqx.filter_jit
 def _solve(inner, x, y0, solver, adjoint, rtol, atol, max_steps, throw) -> Solution:
     newton = adjoint.correction_used is not None and adjoint.correction_used.uses_newton
-    first = newton and solver is None and inner.default_solver is None
+    default = solver is None and inner.default_solver is None
+    first = newton and default and not precision.worth_lowering(inner, x, y0)
 
     def work(x, y0):
         out = rounds(
-            lambda y, final: _locate(inner, x, y, adjoint, rtol, atol), inner, x, y0, solver,
+            lambda y: _locate(inner, x, y, adjoint, rtol, atol), inner, x, y0, solver,
             max_steps=max_steps, newton_first=first,
         )  # fmt: skip
         found = out.found

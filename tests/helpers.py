@@ -19,15 +19,17 @@ import bilevel
 KINDS = ("ridge", "logistic", "poisson", "huber")
 
 
-def loss(kind: str, z, b):
-    """The loss of one prediction, by family; labels of the logistic one are +-1."""
-    if kind == "ridge":
-        return 0.5 * (z - b) ** 2
-    if kind == "logistic":
-        return jax.nn.softplus(-b * z)
-    if kind == "poisson":
-        return jnp.exp(z) - b * z
-    return jnp.sqrt(1 + (z - b) ** 2) - 1
+LOSSES = (
+    lambda z, b: 0.5 * (z - b) ** 2,
+    lambda z, b: jax.nn.softplus(-b * z),  # labels +-1
+    lambda z, b: jnp.exp(z) - b * z,
+    lambda z, b: jnp.sqrt(1 + (z - b) ** 2) - 1,
+)
+
+
+def loss(kind, z, b):
+    """The losses of predictions; the family is data, so that all families of one shape share a compilation."""
+    return jax.lax.switch(kind, LOSSES, z, b)
 
 
 class GLMInner(eqx.Module):
@@ -35,7 +37,7 @@ class GLMInner(eqx.Module):
 
     X: Any
     b: Any
-    kind: str = eqx.field(static=True)
+    kind: Any
 
     def __call__(self, x, y):
         penalty = jnp.sum(jnp.exp(x) * y**2) / (2 * y.shape[0])
@@ -47,7 +49,7 @@ class GLMOuter(eqx.Module):
 
     X: Any
     b: Any
-    kind: str = eqx.field(static=True)
+    kind: Any
 
     def __call__(self, x, y):
         return jnp.mean(loss(self.kind, self.X @ y, self.b))
@@ -78,8 +80,9 @@ def glm(kind: str, seed: int, n: int = 60, d: int = 5, cond: float = 10.0, dtype
     b, b_val = labels(X), labels(X_val)
     x = np.log(d / cond) + rng.uniform(-1, 1, size=d)
     as_leaf = lambda a: jnp.asarray(a, dtype)
-    inner = bilevel.Minimization(GLMInner(as_leaf(X), as_leaf(b), kind))
-    problem = bilevel.BilevelProblem(inner, GLMOuter(as_leaf(X_val), as_leaf(b_val), kind))
+    family = jnp.asarray(KINDS.index(kind))
+    inner = bilevel.Minimization(GLMInner(as_leaf(X), as_leaf(b), family))
+    problem = bilevel.BilevelProblem(inner, GLMOuter(as_leaf(X_val), as_leaf(b_val), family))
     return Case(problem, as_leaf(x), jnp.zeros(d, dtype))
 
 
@@ -119,6 +122,32 @@ def smooth(seed: int = 0, n: int = 6, m: int = 4, quadratic: bool = False, dtype
     return Case(problem, jnp.asarray(rng.uniform(-0.5, 0.5, size=m), dtype), jnp.zeros(n, dtype))
 
 
+class Poly(eqx.Module):
+    """y'Ay / 2 + q sum y^4 / 4 + tail exp(-sum y) - x'y: by its data convex, singular, a saddle, without a minimum."""
+
+    A: Any
+    q: Any
+    tail: Any
+
+    def __call__(self, x, y):
+        y_sum = jnp.sum(y)
+        bowl = 0.5 * jnp.dot(y, self.A @ y) + 0.25 * self.q * jnp.sum(y**4)
+        return bowl + self.tail * jnp.exp(-y_sum) - jnp.dot(x, y)
+
+
+class Affine(eqx.Module):
+    c: Any
+
+    def __call__(self, x, y):
+        return jnp.dot(self.c, y) + 0.5 * jnp.sum(y**2) * self.c[0] + jnp.sum(x**2)
+
+
+def poly(A, q=0.0, tail=0.0, c=(1.0, 2.0, -1.0)) -> Any:
+    """A bilevel problem over a `Poly` in three variables."""
+    inner = bilevel.Minimization(Poly(jnp.asarray(A, float), jnp.asarray(q, float), jnp.asarray(tail, float)))
+    return bilevel.BilevelProblem(inner, Affine(jnp.asarray(c, float)))
+
+
 # ------------------------------------------------------------------------------------------------ the reference
 
 
@@ -144,18 +173,20 @@ def omega(problem, x, y):
 
 @eqx.filter_jit
 def _newton(inner, x, y):
-    """Damped Newton to the round-off of the residual, then two more steps."""
+    """Damped Newton until the residual falls no more, then one more step."""
     F = lambda y: inner.optimality(x, y)
 
-    def body(_, y):
+    def body(carry):
+        y, _, count = carry
         f = F(y)
         step = jnp.linalg.solve(jax.jacfwd(F)(y), f)
         trials = y - 0.5 ** jnp.arange(12.0)[:, None] * step
         sizes = jnp.linalg.norm(jax.vmap(F)(trials), axis=1)
         best = jnp.nanargmin(sizes)
-        return jnp.where(sizes[best] < jnp.linalg.norm(f), trials[best], y)
+        better = sizes[best] < jnp.linalg.norm(f)
+        return jnp.where(better, trials[best], y), better, count + 1
 
-    y = jax.lax.fori_loop(0, 40, body, y)
+    y, *_ = jax.lax.while_loop(lambda c: c[1] & (c[2] < 60), body, (y, jnp.asarray(True), jnp.asarray(0)))
     return y - jnp.linalg.solve(jax.jacfwd(F)(y), F(y))
 
 

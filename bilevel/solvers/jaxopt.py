@@ -48,7 +48,7 @@ class Jaxopt(AbstractSolver):
 
         options = {"maxiter": max_steps, "tol": 0.0, "implicit_diff": False, "jit": True, "unroll": False}
         if make is jaxopt.LBFGS:
-            options |= {"stop_if_linesearch_fails": True, "history_size": 10, "maxls": 20}
+            options |= {"stop_if_linesearch_fails": True, "history_size": 30, "maxls": 20}
         options |= dict(self.options)
         minimizer = make(fun=value_and_grad, value_and_grad=True, **options)
         state = minimizer.init_state(flat)

@@ -24,8 +24,7 @@ class DampedNewton(AbstractSolver):
     def find(self, inner, x, y0, *, tol, max_steps):
         flat, unravel = ravel(y0)
         tol = jnp.asarray(tol, flat.dtype)
-        operator = inner.operator_at(x, y0) is not None
-        solver = choose(self.linear_solver, inner, flat.size, operator)
+        solver = choose(self.linear_solver, inner, x, y0)
 
         def size_at(point):
             size = jnp.linalg.norm(ravel_like(inner.optimality(x, unravel(point)), flat.dtype))

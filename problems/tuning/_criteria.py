@@ -16,11 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bilevel import Minimization
-
 from . import _data
 from ._folds import folds
-from ._penalties import Penalties
 
 RowLoss = Callable[[Array, Array], Array]
 
@@ -44,12 +41,18 @@ class AbstractCriterion(eqx.Module):
     def validation(self, loss: RowLoss, y: Array) -> Float[Array, ""]:
         """The mean of `loss` over the validation rows; averaged over folds."""
 
+    def everything(self) -> CrossValidation:
+        """One fold that trains on all rows of X."""
+        n = len(self.targets)
+        weights = jnp.full((1, n), 1 / n, self.X.dtype)
+        return CrossValidation(self.X, self.targets, weights, weights)
+
     def initial(self) -> Array:
         """Zero weights, of shape (p,) or (folds, p)."""
         lead = () if self.folds is None else (self.folds,)
         return jnp.zeros((*lead, self.X.shape[1]), self.X.dtype)
 
-    def scores(self, owner: str, y: Array, X: Any) -> Float[Array, "k m"]:
+    def scores(self, owner: str, y: Any, X: Any) -> Float[Array, "k m"]:
         """X w for each row w of y, or for y itself: shape (folds or 1, m)."""
         X = _data.features(owner, "X", X, columns=self.X.shape[1]).astype(self.X.dtype)
         if jnp.ndim(y) not in (1, 2) or jnp.shape(y)[-1] != X.shape[1]:
@@ -114,45 +117,22 @@ class CrossValidation(AbstractCriterion):
         return jnp.mean(jax.vmap(lambda w, weight: jnp.vdot(weight, loss(self.X @ w, self.targets)))(y, self.judge))
 
 
-class Training(eqx.Module):
-    """The inner objective (x, y) -> scalar: mean training loss plus the ridge penalty at the log-penalties x."""
-
-    criterion: AbstractCriterion
-    penalties: Penalties
-    loss: RowLoss = eqx.field(static=True)
-
-    def __call__(self, x, y):
-        return self.criterion.training(self.loss, lambda w: self.penalties.ridge(x, w), y)
-
-
-class Everything(eqx.Module):
-    """The same on all rows of X, whatever the criterion: y has shape (p,)."""
-
-    X: Float[Array, "n p"]
-    targets: Float[Array, " n"]
-    penalties: Penalties
-    loss: RowLoss = eqx.field(static=True)
-
-    def __call__(self, x, y):
-        return jnp.mean(self.loss(self.X @ y, self.targets)) + self.penalties.ridge(x, y)
-
-
 def criterion(
     owner: str, X: Any, y: Any, X_val: Any, y_val: Any, cv: Any, *, stratified: bool = False
 ) -> AbstractCriterion:
     """The criterion that a model's arguments describe; raises ValueError, TypeError naming the one at fault."""
     X = _data.features(owner, "X", X)
-    y = _data.targets(owner, "y", y, "X", X)
+    given, y = y, _data.targets(owner, "y", y, "X", X)
     if (X_val is None) != (y_val is None):
-        given, missing = ("y_val", "X_val") if X_val is None else ("X_val", "y_val")
-        raise ValueError(f"{owner}: `{given}` comes without `{missing}`.")
+        alone, missing = ("y_val", "X_val") if X_val is None else ("X_val", "y_val")
+        raise ValueError(f"{owner}: `{alone}` comes without `{missing}`.")
     if (X_val is None) == (cv is None):
         found = "neither" if cv is None else "both"
         raise ValueError(f"{owner}: pass a validation set (`X_val`, `y_val`) or `cv`, found {found}.")
     if cv is None:
         X_val = _data.features(owner, "X_val", X_val, columns=X.shape[1]).astype(X.dtype)
         return HeldOut(X, y, X_val, _data.targets(owner, "y_val", y_val, "X_val", X_val))
-    pairs = folds(owner, cv, X, y, stratified=stratified)
+    pairs = folds(owner, cv, X, given, stratified=stratified)
     train, judge = (np.stack([_shares(pair[part], len(y)) for pair in pairs]) for part in (0, 1))
     return CrossValidation(X, y, jnp.asarray(train, X.dtype), jnp.asarray(judge, X.dtype))
 

@@ -23,9 +23,9 @@ def folds(owner: str, cv: Any, X: Any, y: Any, *, stratified: bool) -> list[tupl
     n = len(y)
     if isinstance(cv, (int, np.integer)) and not isinstance(cv, bool):
         return _pairs(_assign(owner, int(cv), y, stratified), int(cv))
-    if hasattr(cv, "split"):
-        cv = cv.split(X, y)
-    if isinstance(cv, (str, bytes, bool)) or not hasattr(cv, "__iter__"):
+    split = None if isinstance(cv, (str, bytes)) else getattr(cv, "split", None)
+    cv = cv if split is None else split(X, y)
+    if isinstance(cv, (str, bytes)) or not hasattr(cv, "__iter__"):
         raise TypeError(
             f"{owner}: `cv` must be a number of folds, a sequence of (training, validation) index pairs or an object "
             f"with a method split(X, y), found {cv!r}."

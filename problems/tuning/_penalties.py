@@ -41,6 +41,10 @@ class Penalties(eqx.Module):
             return x[np.asarray(self.groups)]
         return jnp.broadcast_to(x, (self.features,))
 
+    def unshared(self) -> Penalties:
+        """One penalty per feature, for the log-penalties that `per_feature` gives."""
+        return Penalties("", "per-feature", None, self.features)
+
     def ridge(self, x: Float[Array, "..."], w: Float[Array, " p"]) -> Float[Array, ""]:
         """(1/2p) sum_j exp(x_j) w_j^2."""
         return jnp.vdot(jnp.exp(self.per_feature(x)), jnp.square(w)) / (2 * self.features)

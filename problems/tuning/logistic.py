@@ -6,17 +6,18 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-import bilevel
-
-from ._criteria import AbstractCriterion, CrossValidation, Everything, Training, criterion
+from ._criteria import AbstractCriterion, CrossValidation, criterion
+from ._linear import AbstractLinearTuning
 from ._penalties import Penalties
 
 
-class LogisticTuning(bilevel.AbstractBilevelProblem):
+class LogisticTuning(AbstractLinearTuning):
     """The log-penalties x of a logistic regression, tuned for its validation loss.
 
     Inner: minimize over the weights w, with n training rows X and labels s = ±1, and p features,
@@ -27,7 +28,7 @@ class LogisticTuning(bilevel.AbstractBilevelProblem):
     the mean logistic loss on the validation rows. There is no intercept: add a column of ones where it is needed.
 
     **Arguments:** `X`: shape (n, p), real and finite; its floating dtype is the problem's (other dtypes become JAX's
-    default). `y`: labels 0 and 1, or -1 and 1, shape (n,). Then one of
+    default). `y`: labels 0 and 1, or -1 and 1, shape (n,), not traced. Then one of
 
     - `X_val`, `y_val`: a validation set, shapes (m, p) and (m,);
     - `cv`: K folds as one inner problem. A number gives each fold the class frequencies of y, like scikit-learn's
@@ -67,43 +68,21 @@ class LogisticTuning(bilevel.AbstractBilevelProblem):
         self.criterion = criterion("LogisticTuning", X, y, X_val, y_val, cv, stratified=True)
         self.penalties = Penalties("LogisticTuning", penalties, groups, self.criterion.X.shape[1])
         if isinstance(self.criterion, CrossValidation):
-            _check_folds(self.criterion)
+            _check_folds(y, self.criterion.train)
 
-    @property
-    def inner(self) -> bilevel.Minimization:
-        """The training of the weights, in all folds at once where there are folds."""
-        return bilevel.Minimization(Training(self.criterion, self.penalties, _logistic_loss))
+    @staticmethod
+    def loss(prediction, target):
+        return jax.nn.softplus(-target * prediction)
 
-    def outer(self, x: Array, y: Array) -> Float[Array, ""]:
-        """The mean logistic loss on the validation rows, averaged over folds."""
-        return self.criterion.validation(_logistic_loss, y)
-
-    def initial(self) -> tuple[Array, Array]:
-        """`(x0, y0)`: zeros of the problem's shapes and dtype."""
-        return jnp.zeros(self.penalties.shape, self.criterion.X.dtype), self.criterion.initial()
-
-    def refit(self, x: Array) -> Float[Array, " p"]:
-        """The weights trained at x on all rows of `X` and `y`: the model to keep after tuning. Differentiable in x.
-
-        With `cv` these are the rows of all folds; a validation set stays aside.
-        """
-        c = self.criterion
-        inner = bilevel.Minimization(Everything(c.X, c.targets, self.penalties, _logistic_loss))
-        return bilevel.solve(inner, x, jnp.zeros(c.X.shape[1], c.X.dtype)).y
-
-    def predict_proba(self, y: Float[Array, "*k p"], X: Any) -> Float[Array, " m"]:
+    def predict_proba(self, y: ArrayLike, X: Any) -> Float[Array, " m"]:
         """The probabilities of class 1, shape (m,), for X of shape (m, p) and weights of shape (p,), such as `refit`
         gives. For the weights of K folds, shape (K, p), the average of their probabilities.
         """
         return jax.nn.sigmoid(self.criterion.scores("LogisticTuning.predict_proba", y, X)).mean(axis=0)
 
-    def predict(self, y: Float[Array, "*k p"], X: Any) -> Int[Array, " m"]:
+    def predict(self, y: ArrayLike, X: Any) -> Int[Array, " m"]:
         """The labels, shape (m,), coded as those given (0/1 or ±1): 1 where `predict_proba` exceeds one half."""
         return jnp.where(self.predict_proba(y, X) > 0.5, 1, self.negative)
-
-
-def _logistic_loss(score: Array, sign: Array) -> Array:
-    return jax.nn.softplus(-sign * score)
 
 
 def _negative_label(y: Any) -> int:
@@ -136,12 +115,16 @@ def _values(y: Any) -> set:
 
 def _listed(found: set) -> str:
     some = sorted(found, key=str)
-    return ", ".join(f"{v:g}" if isinstance(v, float) else repr(v) for v in some[:5]) + (", …" if len(some) > 5 else "")
+    return ", ".join(f"{v:g}" if isinstance(v, float) else repr(v) for v in some[:5]) + (
+        ", …" if len(some) > 5 else ""
+    )
 
 
-def _check_folds(criterion: CrossValidation) -> None:
+def _check_folds(signs: np.ndarray, train: Array) -> None:
     """Raises ValueError where a fold trains on one class only."""
-    signs, train = np.asarray(criterion.targets), np.asarray(criterion.train)
-    alone = np.flatnonzero(~((train @ (signs > 0) > 0) & (train @ (signs < 0) > 0)))
+    if isinstance(train, jax.core.Tracer):
+        return
+    weights = np.asarray(train)
+    alone = np.flatnonzero(~((weights @ (signs > 0) > 0) & (weights @ (signs < 0) > 0)))
     if alone.size:
         raise ValueError(f"LogisticTuning: `cv`, fold {alone[0]}: its training rows have one class only.")

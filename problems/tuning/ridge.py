@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-import bilevel
-
-from ._criteria import AbstractCriterion, Everything, Training, criterion
+from ._criteria import AbstractCriterion, criterion
+from ._linear import AbstractLinearTuning
 from ._penalties import Penalties
 
 
-class RidgeTuning(bilevel.AbstractBilevelProblem):
+class RidgeTuning(AbstractLinearTuning):
     """The log-penalties x of a ridge regression, tuned for its validation error.
 
     Inner: minimize over the weights w, with n training rows X w ~ b and p features,
@@ -58,35 +58,13 @@ class RidgeTuning(bilevel.AbstractBilevelProblem):
         self.criterion = criterion("RidgeTuning", X, y, X_val, y_val, cv)
         self.penalties = Penalties("RidgeTuning", penalties, groups, self.criterion.X.shape[1])
 
-    @property
-    def inner(self) -> bilevel.Minimization:
-        """The training of the weights, in all folds at once where there are folds."""
-        return bilevel.Minimization(Training(self.criterion, self.penalties, _half_square))
+    @staticmethod
+    def loss(prediction, target):
+        return 0.5 * jnp.square(prediction - target)
 
-    def outer(self, x: Array, y: Array) -> Float[Array, ""]:
-        """Half the mean squared validation error, averaged over folds."""
-        return self.criterion.validation(_half_square, y)
-
-    def initial(self) -> tuple[Array, Array]:
-        """`(x0, y0)`: zeros of the problem's shapes and dtype."""
-        return jnp.zeros(self.penalties.shape, self.criterion.X.dtype), self.criterion.initial()
-
-    def refit(self, x: Array) -> Float[Array, " p"]:
-        """The weights trained at x on all rows of `X` and `y`: the model to keep after tuning. Differentiable in x.
-
-        With `cv` these are the rows of all folds; a validation set stays aside.
-        """
-        c = self.criterion
-        inner = bilevel.Minimization(Everything(c.X, c.targets, self.penalties, _half_square))
-        return bilevel.solve(inner, x, jnp.zeros(c.X.shape[1], c.X.dtype)).y
-
-    def predict(self, y: Float[Array, "*k p"], X: Any) -> Float[Array, " m"]:
+    def predict(self, y: ArrayLike, X: Any) -> Float[Array, " m"]:
         """The predictions X y, shape (m,), for X of shape (m, p) and weights of shape (p,), such as `refit` gives.
 
         For the weights of K folds, shape (K, p), the average of their predictions.
         """
         return self.criterion.scores("RidgeTuning.predict", y, X).mean(axis=0)
-
-
-def _half_square(prediction: Array, target: Array) -> Array:
-    return 0.5 * jnp.square(prediction - target)

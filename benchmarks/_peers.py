@@ -1,0 +1,78 @@
+"""Hypergradients by other packages, each jitted whole, with the loosest tolerances that reach the accuracy asked."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def installed(name: str) -> bool:
+    """Whether a package can be imported."""
+    return importlib.util.find_spec(name) is not None
+
+
+def jaxopt_hypergradient(problem, y0, tol: float, linear_tol: float, maxiter: int = 5000) -> Callable:
+    """jaxopt: L-BFGS, implicit differentiation by `solve_cg`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import jaxopt
+        from jaxopt.linear_solve import solve_cg
+
+    solve = functools.partial(solve_cg, tol=linear_tol, maxiter=maxiter)
+
+    def outer(x):
+        solver = jaxopt.LBFGS(
+            lambda y, x: problem.inner.objective(x, y), tol=tol, maxiter=maxiter, implicit_diff_solve=solve
+        )
+        return problem.outer(x, solver.run(y0, x).params)
+
+    return jax.jit(jax.grad(outer))
+
+
+def optimistix_hypergradient(problem, y0, tol: float, linear_tol: float, maxiter: int = 5000) -> Callable:
+    """optimistix: L-BFGS, implicit adjoint by `lineax.CG`."""
+    import lineax
+    import optimistix
+
+    def outer(x):
+        solver = optimistix.LBFGS(rtol=tol, atol=tol, norm=optimistix.two_norm)
+        adjoint = optimistix.ImplicitAdjoint(lineax.CG(rtol=linear_tol, atol=0.0, norm=jnp.linalg.norm))
+        found = optimistix.minimise(
+            lambda y, x: problem.inner.objective(x, y), solver, y0, x, adjoint=adjoint, max_steps=maxiter, throw=False,
+            tags=frozenset({lineax.positive_semidefinite_tag}),
+        )  # fmt: skip
+        return problem.outer(x, found.value)
+
+    return jax.jit(jax.grad(outer))
+
+
+PEERS = {"jaxopt": jaxopt_hypergradient, "optimistix": optimistix_hypergradient}
+
+
+def loosest(make: Callable, x, truth, accuracy: float):
+    """`(function, tol, linear_tol, error)`: the loosest pair on a grid of half decades that reaches `accuracy`.
+
+    The inner tolerance is loosened first with a tight adjoint, then the adjoint's with the inner one found; None
+    where no pair of the grid does.
+    """
+
+    def error_of(function):
+        return float(jnp.linalg.norm(function(x) - truth) / jnp.linalg.norm(truth))
+
+    grid = [10.0 ** (-k / 2) for k in range(4, 25)]
+    for tol in grid:
+        if error_of(make(tol, 1e-10)) <= accuracy:
+            break
+    else:
+        return None
+    for linear_tol in grid:
+        function = make(tol, linear_tol)
+        error = error_of(function)
+        if error <= accuracy:
+            return function, tol, linear_tol, error
+    return None

@@ -1,0 +1,110 @@
+"""dF/dy at one point in flat coordinates, from autodiff or from the operator a problem declares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jax import lax
+from jaxtyping import PyTree
+
+from . import _precision as precision
+from ._trees import ravel, ravel_like
+
+_COLUMNS = 256  # columns of a dense matrix formed at once: bounds memory, keeps matrix products large
+
+
+class LinearSystem(NamedTuple):
+    """dF/dy at one point in flat coordinates: products `mv` and `rmv` (transposed), and what is known of it."""
+
+    mv: Callable[[jax.Array], jax.Array]
+    rmv: Callable[[jax.Array], jax.Array]
+    size: int
+    dtype: Any
+    symmetric: bool
+    definite: bool
+    operator: Any  # lineax operator on y's structure, or None
+    unravel: Callable[[jax.Array], PyTree]
+    gauge: Callable[[jax.Array], jax.Array] | None
+    lower: Callable[[], LinearSystem] | None = None  # the same in float32, where that pays
+
+    def product(self, v: jax.Array, transpose: bool) -> jax.Array:
+        return self.rmv(v) if transpose else self.mv(v)
+
+    def matrix(self) -> jax.Array:
+        """The dense matrix, shape (n, n), formed from products with unit vectors in blocks of columns."""
+        identity = jnp.eye(self.size, dtype=self.dtype)
+        if self.size <= _COLUMNS:
+            return jax.vmap(self.mv, out_axes=1)(identity)
+        return lax.map(self.mv, identity, batch_size=_COLUMNS).T
+
+    def off_gauge(self, v: jax.Array) -> jax.Array:
+        """v without its part along the gauge."""
+        return v if self.gauge is None else v - self.gauge(v)
+
+
+def linear_system(inner, x: PyTree, y: PyTree, *, lower: bool = False) -> tuple[jax.Array, LinearSystem]:
+    """F(x, y), flat, and dF/dy there, linearized once (each product is then one pass forward and one back).
+
+    `lower`: offer the system in float32 as well.
+    """
+    flat, unravel = ravel(y)
+
+    def optimality(flat):
+        return ravel_like(inner.optimality(x, unravel(flat)), flat.dtype)
+
+    residual, mv = jax.linearize(optimality, flat)
+    if inner.symmetric:
+        rmv = mv
+    else:
+        transposed = jax.linear_transpose(mv, flat)
+        rmv = lambda v: transposed(v)[0]
+    operator = inner.operator_at(x, y)
+    if operator is not None:
+        _check_operator(operator, flat.size)
+    gauge = None
+    if inner.gauge_part(x, y) is not None:  # shift the flat directions away from zero: a solve on the quotient
+        gauge = lambda v: ravel_like(inner.gauge_part(x, unravel(v)), flat.dtype)
+        mv, rmv = _shifted(mv, gauge, flat), _shifted(rmv, gauge, flat)
+    low = None
+    if lower:
+        low = lambda: linear_system(precision.lowered(inner), precision.lowered(x), precision.lowered(y))[1]
+    system = LinearSystem(
+        mv, rmv, flat.size, flat.dtype, inner.symmetric, inner.definite, operator, unravel, gauge, low
+    )
+    return residual, system
+
+
+def _shifted(mv, gauge, flat):
+    """mv + s * (projector on the gauge), s the size of the matrix along one probe off the gauge."""
+    probe = jnp.cos(jnp.arange(1, flat.size + 1, dtype=flat.dtype))
+    probe = probe - gauge(probe)
+    size = jnp.linalg.norm(mv(probe)) / jnp.maximum(jnp.linalg.norm(probe), jnp.finfo(flat.dtype).tiny)
+    size = jnp.where(size > 0, size, 1)
+    return lambda v: mv(v) + size * gauge(v)
+
+
+def _check_operator(operator, size: int) -> None:
+    if not isinstance(operator, lx.AbstractLinearOperator):
+        raise TypeError(f"bilevel: `operator(x, y)` must return a lineax operator, found {type(operator).__name__}.")
+    if operator.in_size() != size or operator.out_size() != size:
+        raise ValueError(
+            f"bilevel: `operator(x, y)` must map y's structure to itself ({size} numbers), found a map from "
+            f"{operator.in_size()} to {operator.out_size()}."
+        )
+
+
+def spectral_norm(system: LinearSystem, steps: int = 20, safety: float = 1.05) -> jax.Array:
+    """|A| by power iteration on A'A from a fixed start, times a safety factor."""
+    v = jnp.cos(jnp.arange(1, system.size + 1, dtype=system.dtype))
+
+    def body(_, v):
+        w = system.rmv(system.mv(v / jnp.linalg.norm(v)))
+        return jnp.where(jnp.linalg.norm(w) > 0, w, v / jnp.linalg.norm(v))
+
+    v = lax.fori_loop(0, steps, body, v)
+    size = jnp.sqrt(jnp.linalg.norm(v))
+    return jnp.where(size > 0, safety * size, 1)

@@ -1,0 +1,506 @@
+"""Bad input is refused by name; what has no answer gets an error that says which, never a number."""
+
+import subprocess
+import sys
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+
+import bilevel
+from bilevel import BilevelProblem, Minimization, NotConverged
+
+from .helpers import GLMInner, GLMOuter, counted, distance, glm, poly, reference, relative
+
+X3, Y3 = jnp.array([0.3, -0.2, 0.5]), jnp.array([0.4, 0.1, -0.3])
+
+
+def rotations(count: int, seed: int = 0) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(count, 3, 3)))[0]
+
+
+def rotated(*eigenvalues: float, seed: int = 0) -> np.ndarray:
+    Q = rotations(1, seed)[0]
+    return Q @ np.diag(eigenvalues) @ Q.T
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+BAD_TREES = [
+    ("y0", jnp.zeros(4), ValueError, "y0"),  # the objective cannot be evaluated there
+    ("y0", jnp.zeros(3, int), ValueError, "dtype"),
+    ("y0", jnp.zeros(3, complex), ValueError, "dtype"),
+    ("y0", jnp.zeros(0), ValueError, "empty"),
+    ("y0", {}, ValueError, "empty"),
+    ("y0", "three", TypeError, "str"),
+    ("x", jnp.zeros(3, int), ValueError, "dtype"),
+    ("x", jnp.zeros(5), ValueError, "x"),
+    ("x", [jnp.zeros(3), jnp.arange(3)], ValueError, "[1]"),
+]
+
+
+@pytest.mark.parametrize(("argument", "value", "kind", "says"), BAD_TREES)
+@pytest.mark.parametrize("function", ["solve", "hypergradient", "estimate"])
+def test_bad_trees_are_refused_by_name(function, argument, value, kind, says):
+    problem = poly(np.eye(3))
+    arguments: Any = {"x": X3, "y0": Y3, argument: value}
+    first = problem.inner if function == "solve" else problem
+    with pytest.raises(kind) as caught:
+        getattr(bilevel, function)(first, arguments["x"], arguments["y0"])
+    text = str(caught.value)
+    assert text.startswith(f"bilevel.{function}:")
+    assert says in text
+    assert f"`{argument}`" in text or f"`{argument.rstrip('0')}`" in text or f"{argument} =" in text
+
+
+@pytest.mark.parametrize("function", ["solve", "hypergradient"])
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("rtol", 0.0, ValueError),
+        ("rtol", -1e-3, ValueError),
+        ("rtol", float("nan"), ValueError),
+        ("rtol", "tight", TypeError),
+        ("atol", -1.0, ValueError),
+        ("atol", float("nan"), ValueError),
+        ("max_steps", -1, ValueError),
+        ("max_steps", 1.5, TypeError),
+        ("solver", 3, TypeError),
+        ("adjoint", "newton", TypeError),
+    ],
+)
+def test_bad_options_are_refused_by_name(function, name, value, kind):
+    problem = poly(np.eye(3))
+    first: Any = problem.inner if function == "solve" else problem
+    with pytest.raises(kind, match=name):
+        getattr(bilevel, function)(first, X3, Y3, **{name: value})
+
+
+def test_wrong_kinds_of_problem():
+    plain: Any = lambda x, y: jnp.sum(y**2)
+    problem: Any = poly(np.eye(3))
+    with pytest.raises(TypeError, match="problem"):
+        bilevel.hypergradient(plain, X3, Y3)
+    with pytest.raises(TypeError, match="inner"):
+        bilevel.solve(problem, X3, Y3)
+    with pytest.raises(TypeError, match="objective"):
+        Minimization(3)  # pyright: ignore[reportArgumentType]
+
+
+def test_objectives_that_are_no_scalars_are_refused_and_nothing_is_computed():
+    vector = lambda x, y: y * jnp.sum(x)
+    with pytest.raises(ValueError, match=r"objective.*\(3,\)"):
+        bilevel.solve(vector, X3, Y3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"outer.*\(3,\)"):
+        bilevel.hypergradient(BilevelProblem(lambda x, y: jnp.sum(y**2), vector), X3, Y3)
+    with pytest.raises(ValueError, match="int"):
+        bilevel.solve(lambda x, y: jnp.asarray(1), X3, Y3)
+    with pytest.raises(ValueError, match="aux"):
+        bilevel.solve(Minimization(lambda x, y: jnp.sum(y**2), has_aux=True), X3, Y3)
+    seen = []
+
+    def watched(x, y):
+        jax.debug.callback(seen.append, jnp.sum(y))
+        return y
+
+    with pytest.raises(ValueError, match="objective"):
+        bilevel.solve(watched, X3, Y3)  # pyright: ignore[reportArgumentType]
+    jax.effects_barrier()
+    assert not seen
+
+
+def test_roots_of_the_wrong_shape_are_refused():
+    with pytest.raises(ValueError, match="shape"):
+        bilevel.solve(bilevel.Root(lambda x, y: jnp.sum(y) * jnp.ones(2)), X3, Y3)
+    with pytest.raises(ValueError, match="step"):
+        bilevel.solve(bilevel.FixedPoint(lambda x, y: jnp.sum(y)), X3, Y3)
+
+
+def test_an_error_of_the_users_own_function_keeps_its_cause():
+    def broken(x, y):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        bilevel.solve(broken, X3, Y3)
+
+
+@pytest.mark.parametrize("where", ["data", "x", "y0", "closure"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_and_infinity_are_found_and_named(where, bad):
+    A = np.eye(3)
+    x, y0 = X3, Y3
+    if where == "data":
+        A = A.copy()
+        A[1, 2] = bad
+    x = x.at[1].set(bad) if where == "x" else x
+    y0 = y0.at[1].set(bad) if where == "y0" else y0
+    problem = poly(A)
+    name = {"data": r"\.A", "x": "`x`", "y0": "`y0`", "closure": "`weights`"}[where]
+    if where == "closure":
+        weights = jnp.array([1.0, bad, 1.0])
+        problem = BilevelProblem(lambda x, y: jnp.sum(weights * y**2) - jnp.dot(x, y), problem.outer)
+    pairs: Any = ((bilevel.solve, problem.inner), (bilevel.hypergradient, problem))
+    for function, first in pairs:
+        with pytest.raises(NotConverged, match=f"{name}.*1 of"):
+            function(first, x, y0)
+        result = function(first, x, y0, throw=False)
+        assert str(result.status) == "non_finite"
+        assert not result.converged
+        assert np.all(np.isnan(result.y if function is bilevel.solve else result.gradient))
+    found = bilevel.estimate(problem, x, y0)
+    assert not found.converged
+    assert np.all(np.isnan(found.gradient))
+    assert np.isinf(found.error)
+    assert str(found.status) == "non_finite"
+
+
+# ------------------------------------------------------------------------------------------------ no answer
+
+HOPELESS = {
+    "singular": (rotated(1, 2, 0), 0.0, {"singular"}, r"singular|unbounded"),
+    "singular_on_an_axis": (np.diag([1.0, 2.0, 0.0]), 0.0, {"singular"}, r"singular|unbounded"),
+    "zero": (np.zeros((3, 3)), 0.0, {"singular", "unbounded"}, r"singular|unbounded"),
+    "saddle": (rotated(1, 2, -1), 0.0, {"not_a_minimum", "unbounded"}, r"saddle|unbounded"),
+    "maximum": (-rotated(1, 2, 3), 0.0, {"not_a_minimum", "unbounded"}, r"saddle|unbounded"),
+    "quartic_unbounded": (rotated(1, 2, -3), -1.0, {"not_a_minimum", "unbounded"}, r"unbounded"),
+}
+
+
+@pytest.mark.parametrize("case", HOPELESS)
+def test_no_minimum_no_number(case):
+    A, q, words, says = HOPELESS[case]
+    problem = poly(A, q)
+    found = bilevel.hypergradient(problem, X3, Y3, throw=False)
+    assert str(found.status) in words
+    assert not found.converged
+    assert np.all(np.isnan(found.gradient))
+    assert np.isnan(found.value)
+    assert np.isinf(found.error)
+    with pytest.raises(NotConverged, match=says) as caught:
+        bilevel.hypergradient(problem, X3, Y3)
+    assert str(caught.value).startswith("bilevel.hypergradient:")
+    assert caught.value.result is not None
+    solution = bilevel.solve(problem.inner, X3, Y3, throw=False)
+    assert str(solution.status) in words
+    assert not solution.converged
+    assert np.all(np.isnan(solution.y))
+    with pytest.raises(NotConverged, match=says):
+        bilevel.solve(problem.inner, X3, Y3)
+    if q == 0:
+        assert np.all(np.isnan(bilevel.estimate(problem, X3, Y3).gradient))
+
+
+def test_starting_at_a_stationary_point_that_is_no_minimum():
+    for A in (rotated(1, 2, -1), -rotated(1, 2, 3)):
+        found = bilevel.hypergradient(poly(A, 1.0), jnp.zeros(3), jnp.zeros(3), throw=False)
+        assert not found.converged
+        assert str(found.status) == "not_a_minimum"
+        assert np.all(np.isnan(found.gradient))
+
+
+def test_starting_near_a_maximum_still_finds_a_minimum():
+    problem = poly(-rotated(1, 2, 3), 1.0)
+    found = bilevel.hypergradient(problem, X3, jnp.array([0.01, 0.02, 0.03]))
+    truth = reference(problem, X3, found.y)
+    assert np.linalg.eigvalsh(truth.hessian)[0] > 0
+    assert relative(found.gradient, truth.gradient) < 1e-6
+
+
+@pytest.mark.parametrize("smallest", [0.0, 1e-17, 1e-16, -1e-16])
+@pytest.mark.parametrize("consistent", [True, False])
+def test_singular_in_any_direction_is_never_a_number(smallest, consistent):
+    """A hundred random null directions: an unpivoted factorization sees some of them badly."""
+    Q = rotations(100)
+    A = Q @ np.diag([1.0, 2.0, smallest]) @ Q.transpose(0, 2, 1)
+    x = Q[:, :, 0] if consistent else np.broadcast_to(np.asarray(X3), (100, 3))
+    found = jax.vmap(lambda A, x: bilevel.estimate(poly(A), x, Y3))(jnp.asarray(A), jnp.asarray(x))
+    assert not np.any(found.converged)
+    assert not np.any(np.isfinite(found.gradient))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rank_deficient_least_squares_is_never_a_number(seed):
+    """More features than samples and no penalty: the Hessian's rank is 20 of 40."""
+    rng = np.random.default_rng(seed)
+    A, b = jnp.asarray(rng.normal(size=(20, 40))), jnp.asarray(rng.normal(size=20))
+    inner = RankDeficient(A, b)
+    found = bilevel.hypergradient(BilevelProblem(inner, Norm()), jnp.asarray(0.1), jnp.zeros(40), throw=False)
+    assert not found.converged
+    assert str(found.status) == "singular"
+    assert np.isnan(found.gradient)
+
+
+class RankDeficient(eqx.Module):
+    A: Any
+    b: Any
+
+    def __call__(self, x, y):
+        return 0.5 * jnp.sum((self.A @ y - x * self.b) ** 2)
+
+
+class Norm(eqx.Module):
+    def __call__(self, x, y):
+        return 0.5 * jnp.sum(y**2) + y[0]
+
+
+class Flat(eqx.Module):
+    """exp(x - y): its minimum is at infinity. (y - x)^4: its Hessian vanishes at the minimum."""
+
+    tail: Any
+    quartic: Any
+
+    def __call__(self, x, y):
+        return self.tail * jnp.exp(x - y) + self.quartic * (y - x) ** 4
+
+
+class Itself(eqx.Module):
+    def __call__(self, x, y):
+        return y
+
+
+@pytest.mark.parametrize(("tail", "quartic"), [(1.0, 0.0), (0.0, 1.0)])
+def test_no_minimum_or_a_flat_one(tail, quartic):
+    """Newton's residuals go to zero on both; the affine outer function hides it, and the gradient looks like one."""
+    problem = BilevelProblem(Flat(jnp.asarray(tail), jnp.asarray(quartic)), Itself())
+    found = bilevel.hypergradient(problem, jnp.asarray(0.3), jnp.asarray(0.1), throw=False)
+    assert not found.converged
+    # raising max_steps, which "max_steps" advises, cannot help here
+    assert str(found.status) in ("singular", "unbounded", "estimate_untrusted")
+    solution = bilevel.solve(problem.inner, jnp.asarray(0.3), jnp.asarray(0.1), throw=False)
+    assert not solution.converged
+
+
+# ------------------------------------------------------------------------------------------------ declarations
+
+
+def tilted(x, y):
+    """Strictly convex: no direction is a gauge."""
+    return 0.5 * jnp.dot(y, jnp.array([1.0, 2.0, 3.0]) * y) * jnp.exp(x) - jnp.sum(y) - y[0]
+
+
+def differences(x, y):
+    return (y[0] - y[1]) ** 2 + (y[1] - y[2])
+
+
+def test_a_false_gauge_is_refused():
+    """Solving on the quotient by a direction along which y may not slide gives -1.22 for -2.59."""
+    problem = BilevelProblem(Minimization(tilted, gauge=[jnp.ones(3)]), differences)
+    found = bilevel.hypergradient(problem, jnp.asarray(0.3), Y3, throw=False)
+    assert not found.converged
+    with pytest.raises(NotConverged, match="gauge"):
+        bilevel.hypergradient(problem, jnp.asarray(0.3), Y3)
+
+
+def test_a_false_operator_is_refused():
+    operator = lambda x, y: lx.DiagonalLinearOperator(jnp.array([1.0, 5.0, 3.0]))
+    problem = BilevelProblem(Minimization(tilted, operator=operator), differences)
+    found = bilevel.hypergradient(problem, jnp.asarray(0.3), Y3, throw=False)
+    truth = reference(
+        BilevelProblem(lambda x, y: tilted(x[0], y), lambda x, y: differences(x[0], y)), jnp.array([0.3]), Y3
+    )
+    wrong = distance(found.gradient, truth.gradient[0])
+    assert not found.converged or wrong <= 1e-6 * abs(float(truth.gradient[0]))
+    assert wrong <= 3 * float(found.error) + 1e-12
+
+
+def softmax_inner(x, y):
+    """Invariant along ones; the minimizer's softmax is that of x."""
+    return jax.nn.logsumexp(y) - jnp.dot(jax.nn.softmax(x), y)
+
+
+@pytest.mark.parametrize("adjoint", [None, bilevel.ImplicitAdjoint(bilevel.ConjugateGradient())])
+@pytest.mark.parametrize("projector", [False, True])
+def test_gauge_invariant_outer_functions_are_exact(adjoint, projector):
+    gauge = (lambda v: jnp.full_like(v, jnp.mean(v))) if projector else [jnp.ones(3)]
+    outer = lambda x, y: jnp.dot(jax.nn.softmax(y), jnp.array([1.0, 2.0, 5.0])) ** 2
+    problem = BilevelProblem(Minimization(softmax_inner, gauge=gauge), outer)
+    truth = jax.grad(lambda x: jnp.dot(jax.nn.softmax(x), jnp.array([1.0, 2.0, 5.0])) ** 2)(X3)
+    for shift in (0.0, 3.0):
+        found = bilevel.hypergradient(problem, X3, Y3 + shift, adjoint=adjoint, rtol=1e-9)
+        assert relative(found.gradient, truth) < 1e-9
+
+
+def test_gauge_dependent_outer_functions_are_refused():
+    problem = BilevelProblem(Minimization(softmax_inner, gauge=[jnp.ones(3)]), lambda x, y: jnp.sum(y**2) + y[0])
+    with pytest.raises(NotConverged, match="gauge"):
+        bilevel.hypergradient(problem, X3, Y3)
+    found = bilevel.hypergradient(problem, X3, Y3, throw=False)
+    assert str(found.status) == "gauge_dependent"
+    assert np.all(np.isnan(found.gradient))
+
+
+def test_an_undeclared_gauge_is_singular():
+    problem = BilevelProblem(softmax_inner, lambda x, y: jnp.dot(jax.nn.softmax(y), jnp.arange(3.0)))
+    with pytest.raises(NotConverged, match="singular"):
+        bilevel.hypergradient(problem, X3, Y3)
+
+
+# ------------------------------------------------------------------------------------------------ words
+
+
+def test_below_round_off_is_said():
+    case = glm("logistic", 0)
+    found = bilevel.hypergradient(*case, rtol=1e-20, throw=False)
+    assert not found.converged
+    assert str(found.status) == "round_off"
+    assert relative(found.gradient, reference(*case).gradient) < 1e-12
+    with pytest.raises(NotConverged, match="precision"):
+        bilevel.hypergradient(*case, rtol=1e-20)
+
+
+def test_stationary_points_of_the_outer_problem():
+    """A relative accuracy of a zero gradient is out of reach, an absolute one is not."""
+    problem = BilevelProblem(lambda x, y: jnp.sum(jnp.cosh(y - x)), lambda x, y: 0.5 * jnp.sum((y - 1.0) ** 2))
+    found = bilevel.hypergradient(problem, jnp.ones(2), jnp.zeros(2), throw=False)
+    assert not found.converged
+    assert distance(found.gradient, np.zeros(2)) <= 3 * float(found.error)
+    assert bilevel.hypergradient(problem, jnp.ones(2), jnp.zeros(2), atol=1e-8).converged
+
+
+def test_too_few_steps_are_said():
+    case = glm("poisson", 1, d=8, cond=1e3)
+    far = case.y0 + 8.0
+    found = bilevel.hypergradient(case.problem, case.x, far, max_steps=1, rtol=1e-10, throw=False)
+    if not found.converged:
+        assert str(found.status) in ("max_steps", "correction_rejected", "estimate_untrusted")
+    with pytest.raises(NotConverged, match="max_steps"):
+        bilevel.hypergradient(case.problem, case.x, far, max_steps=1, solver=bilevel.solvers.Jaxopt(), rtol=1e-10)
+
+
+def test_a_rejected_correction_is_said():
+    """Newton from 3 for log cosh jumps to -97: the point stays, plain, its error unknown."""
+    problem = BilevelProblem(lambda x, y: jnp.sum(jnp.log(jnp.cosh(y - x))), lambda x, y: jnp.sum(jnp.sin(y)))
+    found = bilevel.estimate(problem, jnp.zeros(2), jnp.full(2, 3.0))
+    assert str(found.status) == "correction_rejected"
+    assert not found.converged
+    assert np.isinf(found.error)
+    np.testing.assert_array_equal(found.y, jnp.full(2, 3.0))
+    assert bool(bilevel.hypergradient(problem, jnp.zeros(2), jnp.full(2, 3.0)).converged)
+
+
+def test_an_x_that_does_not_enter_is_warned_of_by_hypergradient_only():
+    inner = lambda x, y: jnp.sum((y - 1.0) ** 2)
+    with pytest.warns(UserWarning, match="does not enter"):
+        found = bilevel.hypergradient(BilevelProblem(inner, lambda x, y: jnp.sum(x**2) + jnp.sum(y)), X3, Y3)
+    np.testing.assert_allclose(found.gradient, 2 * X3, rtol=1e-15)
+    np.testing.assert_allclose(bilevel.solve(inner, X3, Y3).y, jnp.ones(3), rtol=1e-9)
+
+
+def test_a_gradient_that_is_zero_by_chance_is_not_warned_of():
+    problem = BilevelProblem(
+        lambda x, y: jnp.sum(jnp.cosh(y - x)) + jnp.sum(y**2), lambda x, y: jnp.sum(x) + 0.0 * jnp.sum(y)
+    )
+    np.testing.assert_allclose(bilevel.hypergradient(problem, X3, Y3).gradient, jnp.ones(3), rtol=1e-15)
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+def test_one_singular_element_does_not_kill_the_batch():
+    A = np.stack([rotated(1, 2, 3), rotated(1, 2, 0), rotated(2, 3, 4), np.full((3, 3), np.nan), rotated(1, 2, -1)])
+    good = np.array([True, False, True, False, False])
+    found = jax.vmap(lambda A: bilevel.hypergradient(poly(A, 0.1), X3, Y3, rtol=1e-8, throw=False))(jnp.asarray(A[:4]))
+    np.testing.assert_array_equal(found.converged, [True, True, True, False])  # the quartic mends the singular one
+    found = jax.vmap(lambda A: bilevel.hypergradient(poly(A), X3, Y3, rtol=1e-8, throw=False))(jnp.asarray(A))
+    solved = jax.vmap(lambda A: bilevel.solve(poly(A).inner, X3, Y3, throw=False))(jnp.asarray(A))
+    for result, tree in ((found, found.gradient), (solved, solved.y)):
+        np.testing.assert_array_equal(result.converged, good)
+        assert np.all(np.isnan(np.asarray(tree)[~good]))
+    for i in np.flatnonzero(good):
+        truth = reference(poly(A[i]), X3, Y3)
+        assert relative(found.gradient[i], truth.gradient) < 1e-8
+        assert relative(solved.y[i], truth.y) < 1e-9
+    assert str(found.status) == "[converged, singular, converged, non_finite, not_a_minimum]"
+
+
+def test_a_traced_failure_raises_at_run_time_with_the_same_text():
+    problem = poly(rotated(1, 2, 0))
+    with pytest.raises(Exception, match="singular"):
+        jax.block_until_ready(jax.jit(lambda x: bilevel.hypergradient(problem, x, Y3).gradient)(X3))
+    with pytest.raises(Exception, match="singular"):
+        jax.block_until_ready(jax.jit(lambda x: bilevel.solve(problem.inner, x, Y3).y)(X3))
+
+
+def test_reports_have_no_silent_derivatives():
+    inner = poly(np.eye(3), 1.0).inner
+    tangent = jax.jvp(lambda x: bilevel.solve(inner, x, Y3).residual, (X3,), (X3,))[1]
+    assert np.isnan(tangent)
+    with pytest.raises(Exception, match="no derivative"):
+        jax.block_until_ready(jax.grad(lambda x: bilevel.solve(inner, x, Y3).residual)(X3))
+
+
+def test_importing_changes_nothing():
+    program = (
+        "import jax; before = dict(jax.config.values)\n"
+        "import sys, bilevel\n"
+        "assert dict(jax.config.values) == before\n"
+        "assert not {'jaxopt', 'problems', 'hypothesis'} & set(sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+# ------------------------------------------------------------------------------------------------ dtypes
+
+
+@pytest.mark.parametrize(("x_dtype", "y_dtype"), [("float32", "float64"), ("float64", "float32")])
+def test_x_and_y_of_different_dtypes(x_dtype, y_dtype):
+    """The accuracy is that of the coarser one, and is not claimed beyond it."""
+    inner = lambda x, y: jnp.sum(jnp.cosh(y)) - jnp.sum(x.astype(y.dtype) * y)
+    problem = BilevelProblem(inner, lambda x, y: jnp.sum(jnp.sin(y)))
+    x = jnp.array([0.3, 0.7], x_dtype)
+    truth = reference(problem, x, jnp.zeros(2)).gradient
+    found = bilevel.hypergradient(problem, x, jnp.zeros(2, y_dtype), rtol=1e-5)
+    assert found.gradient.dtype == x_dtype
+    assert relative(found.gradient, truth) < 1e-5
+    fine = bilevel.hypergradient(problem, x, jnp.zeros(2, y_dtype), rtol=1e-10, throw=False)
+    assert not fine.converged
+    assert distance(fine.gradient, truth) <= 3 * float(fine.error)
+    y = bilevel.solve(inner, x, jnp.zeros(2, y_dtype), rtol=1e-5).y
+    assert y.dtype == y_dtype
+    jax.grad(lambda x: jnp.sum(bilevel.solve(inner, x, jnp.zeros(2, y_dtype), rtol=1e-5).y))(x)
+
+
+def test_leaves_of_different_dtypes_do_not_claim_the_finer_one():
+    wide = lambda a: a.astype(jnp.float64)
+
+    def inner(x, y):
+        coupled = 0.1 * jnp.sum(wide(y["a"])) * jnp.sum(y["b"])
+        return wide(jnp.sum(jnp.cosh(y["a"]))) + jnp.sum(jnp.cosh(y["b"])) - jnp.sum(x * wide(y["a"])) + coupled
+
+    outer = lambda x, y: jnp.sum(jnp.sin(wide(y["a"]))) + jnp.sum(y["b"] ** 2)
+    split = lambda f: lambda x, y: f(x, {"a": y[:2], "b": y[2:]})
+    x, y0 = jnp.array([0.3, 0.7]), {"a": jnp.zeros(2, jnp.float32), "b": jnp.zeros(2)}
+    truth = reference(BilevelProblem(split(inner), split(outer)), x, jnp.zeros(4))
+    found = bilevel.hypergradient(BilevelProblem(inner, outer), x, y0, rtol=1e-9, throw=False)
+    assert found.y["a"].dtype == jnp.float32
+    assert not found.converged
+    assert str(found.status) == "round_off"
+    assert distance(found.gradient, truth.gradient) <= 3 * float(found.error)
+
+
+def test_python_and_numpy_numbers_are_taken():
+    problem = BilevelProblem(lambda x, y: jnp.cosh(y) - x * y, lambda x, y: jnp.sin(y))
+    truth = np.cos(np.arcsinh(0.3)) / np.sqrt(1 + 0.3**2)
+    for x, y0 in ((0.3, 0.1), (np.float64(0.3), np.asarray(0.1)), (jnp.asarray(0.3), 0.1)):
+        assert abs(float(bilevel.hypergradient(problem, x, y0, rtol=1e-10).gradient) - truth) < 1e-10
+
+
+def test_counting_traces_counts():  # the tool of the tests of compilation
+    f, calls = counted(lambda a: a + 1.0)
+    jitted = jax.jit(f)
+    jitted(1.0)
+    jitted(2.0)
+    assert len(calls) == 1
+
+
+def test_integer_and_boolean_data_are_fine():
+    case = glm("ridge", 3)
+    inner = GLMInner(case.problem.inner.objective.X, case.problem.inner.objective.b, jnp.asarray(0, jnp.int32))
+    problem = BilevelProblem(Minimization(inner), GLMOuter(inner.X, inner.b, jnp.asarray(0, jnp.int32)))
+    g = jax.grad(lambda x: problem.outer(x, bilevel.solve(problem.inner, x, case.y0).y))(case.x)
+    assert relative(g, reference(problem, case.x, case.y0).gradient) < 1e-9
