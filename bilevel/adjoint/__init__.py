@@ -1,0 +1,22 @@
+"""The derivative rules: the only file that knows the implicit function theorem.
+
+Formulas and their laws: docs/theory/hypergradients. In short, with F(x, y) = 0 the inner optimality, G the outer
+function and F_y' v = G_y,
+
+    Omega(x, y) = G_x - F_x' v,     dy*/dx = -F_y^-1 F_x,
+
+and with l(x, y) = G - v'F (v frozen) the derivative of Omega in y along p is g_x - F_x' F_y^-T g_y, where
+(g_x, g_y) is the tangent of grad l along (0, p).
+"""
+
+from __future__ import annotations
+
+
+from ._base import AbstractAdjoint, Estimate, Target, usable
+from ._implicit import ImplicitAdjoint
+from ._rule import differentiable_estimate, implicit, solve_linear
+
+__all__ = [
+    "AbstractAdjoint", "Estimate", "ImplicitAdjoint", "Target", "differentiable_estimate", "implicit", "solve_linear",
+    "usable",
+]  # fmt: skip

@@ -1,0 +1,92 @@
+"""What every derivative rule is, and what an estimate says."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from .. import _trees as trees
+from ..correct import AbstractCorrection
+from ..errors import Status
+
+UNUSABLE = ("singular", "not_a_minimum", "non_finite", "unbounded", "gauge_dependent", "degenerate_active_set")
+
+
+class Target(NamedTuple):
+    """The accuracy wanted of a hypergradient: converged means 3 error <= max(rtol |gradient|, atol); `aim` is the
+    relative accuracy that this is expected to come to, by which the linear solves are first judged."""
+
+    rtol: jax.Array
+    atol: jax.Array
+    aim: jax.Array
+
+    def allows(self, gradient: PyTree, error: jax.Array) -> jax.Array:
+        size = trees.norm(gradient)
+        nothing = size == 0  # no dependence at all: exactly zero, and exactly right
+        return (3 * error <= jnp.maximum(self.rtol.astype(size.dtype) * size, self.atol.astype(size.dtype))) | (
+            nothing & (error == 0)
+        )
+
+
+class Estimate(NamedTuple):
+    """A hypergradient at a point, with everything a caller needs to judge or to improve it."""
+
+    flat: jax.Array  # the point used
+    value: jax.Array
+    gradient: PyTree
+    error: jax.Array
+    floor: jax.Array  # the share of `error` that is round-off
+    inner_residual: jax.Array
+    adjoint_residual: jax.Array
+    adjoint: jax.Array  # v, flat
+    residual: jax.Array  # F, flat
+    step: jax.Array  # the Newton step still to go, flat
+    status: Status
+    inner_touches_x: jax.Array  # False where F_x' v is exactly zero although v is not
+    contracted: jax.Array  # whether the correction lowered the residual
+    quality: jax.Array  # how wrong the prepared state is at this point: relative residual of its own solutions
+    evaluations: jax.Array  # of F
+    products: jax.Array  # with F_y, those of a dense matrix included
+
+    @property
+    def usable(self) -> jax.Array:
+        return usable(self.status) & jnp.isfinite(self.inner_residual)
+
+
+def usable(status: Status) -> jax.Array:
+    """Whether there is a y and an adjoint at all."""
+    bad = [status.code == Status(word).code for word in UNUSABLE]
+    return ~jnp.any(jnp.stack(bad), axis=0)
+
+
+class AbstractAdjoint(eqx.Module):
+    """Interface of a derivative rule.
+
+    `estimate` gives the hypergradient at a point with its error; `differentiable` runs an inner solve and attaches
+    the rule to its y.
+    """
+
+    @property
+    def correction_used(self) -> AbstractCorrection | None:
+        """The correction `solve` applies, once, after the solver."""
+        return None
+
+    @property
+    def linear_solver_used(self) -> Any:
+        """The linear solver asked for, or None."""
+        return None
+
+    @abc.abstractmethod
+    def estimate(self, problem, x, y, *, target: Target | None = None, guess=None) -> Estimate:
+        """The hypergradient at (x, y), y as it is up to the rule's own correction. Traced. With a `target`
+        the rule may go on improving y by its own means."""
+
+    @abc.abstractmethod
+    def differentiable(self, inner, x, y0, work: Callable, *, throw: bool) -> tuple[PyTree, PyTree]:
+        """`work(x, y0) -> (y, facts)` with y differentiable in x and in what the inner problem closes over."""

@@ -1,0 +1,119 @@
+"""Omega at a point, and the estimate of its error."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from .. import _trees as trees
+from .._precision import can_lower, lowered, raised
+from .._trees import ravel, ravel_like
+from ..errors import Status
+from ..linear import MixedPrecision, both, linear_system, refine
+from ..problem import as_node
+from ._base import Estimate
+
+
+def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None) -> Estimate:
+    """Omega at this very point, and the estimate of its error to first order in the step still to go.
+
+    Two sweeps of approximate solves, each with the adjoint's right-hand side and one of the error estimate's side by
+    side (one pass over the data serves both), and in between the adjoint's residual with the products of this point:
+    v = v_0 + A^-T rho_0, and the error vector g_x - F_x' A^-T g_y, to which what remains of rho is added in norm.
+    `at`: `(F, system)` of this point, where the caller has them.
+    """
+    inner = problem.inner
+    eps = float(jnp.finfo(flat.dtype).eps)
+    residual, system = linear_system(inner, x, unravel(flat)) if at is None else at
+
+    def outer(x, flat):
+        return problem.outer(x, unravel(flat)).astype(flat.dtype)
+
+    value, (g_x, g_y) = jax.value_and_grad(outer, argnums=(0, 1))(x, flat)
+    pull_x = jax.vjp(lambda x: ravel_like(inner.optimality(x, unravel(flat)), flat.dtype), x)[1]
+    status = Status("converged")
+    if system.gauge is not None:
+        along, size = jnp.linalg.norm(system.gauge(g_y)), jnp.linalg.norm(g_y)
+        slides = along > jnp.sqrt(eps) * size
+        status = Status.where(slides, Status("gauge_dependent"), status)
+    g_y = system.off_gauge(g_y)
+
+    sweep = jnp.clip(jnp.sqrt(rtol), 1e-8, 0.03).astype(flat.dtype)
+    rest = g_y if guess is None else g_y - system.rmv(guess)
+    first, forward = both(solver, state, system, rest, sweep, system.off_gauge(residual))
+    step = system.off_gauge(forward.value)
+    v = first.value if guess is None else guess + first.value
+    if system.symmetric:  # side by side: one pass over the data
+        product, ahead = jax.vmap(system.mv)(jnp.stack([v, step]))
+    else:
+        product, ahead = system.rmv(v), system.mv(step)
+    asked, rest = rest, g_y - product
+    quality = jnp.maximum(_ratio(rest, asked), _ratio(system.off_gauge(residual) - ahead, residual))
+    low = isinstance(solver, MixedPrecision)  # one digit will do: where float32 pays, this is the place for it
+    tangent = _lagrangian_tangent(problem, x, unravel(flat), v, step, low)
+    second, turn = both(solver, state, system, rest, sweep, system.off_gauge(tangent[1]))
+    adjoint = refine(
+        lambda r: solver.approximate(state, system, r, rtol=sweep, transpose=True).value, system, g_y,
+        transpose=True, rtol=rtol, guess=v + second.value, condition=second.condition, status=first.status,
+    )  # fmt: skip
+    v = system.off_gauge(adjoint.value)
+    coupling = pull_x(v)[0]
+    gradient = trees.subtract(g_x, coupling)
+
+    vector = trees.subtract(tangent[0], pull_x(system.off_gauge(turn.value))[0])
+    # J'rho of the adjoint's last residual, from its effect in the second sweep and by how much it shrank since
+    shrunk = _ratio(adjoint.residual, rest)
+    left = trees.norm(pull_x(system.off_gauge(second.value))[0]).astype(flat.dtype) * shrunk
+    condition = jnp.maximum(adjoint.condition, forward.condition)
+    scale = trees.norm(g_x) + trees.norm(coupling)
+    floor = eps * jnp.where(jnp.isfinite(condition), condition, 1).astype(scale.dtype) * scale
+    finite = jnp.isfinite(value) & trees.all_finite(gradient) & jnp.all(jnp.isfinite(residual))
+    finite = Status.where(finite, Status("converged"), Status("non_finite"))
+    status = status.then(adjoint.status).then(forward.status).then(finite)
+    touches = trees.norm(coupling) > 0
+    return Estimate(
+        flat=flat,
+        value=value,
+        gradient=gradient,
+        error=(trees.norm(vector) + floor).astype(flat.dtype) + left,
+        floor=floor.astype(flat.dtype),
+        inner_residual=jnp.linalg.norm(residual),
+        adjoint_residual=jnp.linalg.norm(adjoint.residual),
+        adjoint=v,
+        residual=residual,
+        step=step,
+        status=status,
+        inner_touches_x=touches | (jnp.linalg.norm(v) == 0),
+        contracted=jnp.asarray(True),
+        quality=quality,
+        evaluations=jnp.ones((), jnp.int32),
+        products=(adjoint.products + first.products + second.products + 1).astype(jnp.int32),
+    )
+
+
+def _ratio(a, b):
+    size = jnp.linalg.norm(b)
+    return jnp.where(size > 0, jnp.linalg.norm(a) / jnp.where(size > 0, size, 1), 0)
+
+
+def _lagrangian_tangent(problem, x, y, v, step, low: bool):
+    """The tangent of grad l along (0, step), l = G - v'F with v frozen: `(like x, flat)`."""
+    flat = ravel_like(y, v.dtype)
+    size = jnp.linalg.norm(step)
+    scale = jnp.where(size > 0, size, 1)
+
+    def tangent(inner, outer, x, y, v, unit):
+        point, unravel = ravel(y)
+
+        def lagrangian(x, point):
+            y = unravel(point)
+            pairing = jnp.vdot(v, ravel_like(inner.optimality(x, y), v.dtype))
+            return outer(x, y).astype(v.dtype) - pairing
+
+        return jax.jvp(lambda p: jax.grad(lagrangian, argnums=(0, 1))(x, p), (point,), (unit,))[1]
+
+    arguments = (problem.inner, as_node(problem.outer), x, y, v, step / scale)
+    if low and can_lower(tangent, *arguments):
+        arguments = lowered(arguments)
+    along_x, along_y = raised(tangent(*arguments), (x, flat))
+    return jax.tree.map(lambda a: a * scale.astype(a.dtype), along_x), along_y * scale
