@@ -1,7 +1,7 @@
 """Bilevel optimization on JAX: problems inside problems, and hypergradients that carry their error."""
 
 from . import linear, solvers
-from .adjoint import ImplicitAdjoint
+from .adjoint import ImplicitAdjoint, JacobianFreeAdjoint, NeumannAdjoint, OneStepAdjoint, UnrolledAdjoint
 from .correct import Jacobi, Newton, Preconditioner
 from .errors import NotConverged, Status
 from .hypergradient import Hypergradient, estimate, hypergradient
@@ -15,12 +15,44 @@ from .problem import (
     Minimization,
     Root,
 )
-from .reparametrize import Reparametrization, reparametrize
+from .reparametrize import Exp, GradientCoordinates, JacobiScaling, Reparametrization, Softplus, reparametrize
 from .solve import Solution, solve
 
 __all__ = [
-    "AbstractBilevelProblem", "AbstractInner", "BilevelProblem", "ConjugateGradient", "Direct", "FixedPoint",
-    "Hypergradient", "ImplicitAdjoint", "Jacobi", "Krylov", "Minimization", "Neumann", "Newton", "NotConverged",
-    "Preconditioner", "Reparametrization", "Result", "Root", "Solution", "State", "Status", "estimate", "hypergradient", "linear",
-    "minimize", "reparametrize", "solve", "solvers",
-]  # fmt: skip
+    "AbstractBilevelProblem",
+    "AbstractInner",
+    "BilevelProblem",
+    "ConjugateGradient",
+    "Direct",
+    "Exp",
+    "FixedPoint",
+    "GradientCoordinates",
+    "Hypergradient",
+    "ImplicitAdjoint",
+    "Jacobi",
+    "JacobiScaling",
+    "JacobianFreeAdjoint",
+    "Krylov",
+    "Minimization",
+    "Neumann",
+    "NeumannAdjoint",
+    "Newton",
+    "NotConverged",
+    "OneStepAdjoint",
+    "Preconditioner",
+    "Reparametrization",
+    "Result",
+    "Root",
+    "Softplus",
+    "Solution",
+    "State",
+    "Status",
+    "UnrolledAdjoint",
+    "estimate",
+    "hypergradient",
+    "linear",
+    "minimize",
+    "reparametrize",
+    "solve",
+    "solvers",
+]

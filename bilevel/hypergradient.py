@@ -17,6 +17,7 @@ from ._trees import ravel
 from .adjoint import AbstractAdjoint, Estimate, ImplicitAdjoint, Target, differentiable_estimate, usable
 from .errors import Status
 from .problem import AbstractBilevelProblem
+from .reparametrize import check_round_trip
 from .solve import Attempt, _number, outcome, rounds
 
 __all__ = ["Hypergradient", "estimate", "hypergradient"]
@@ -66,6 +67,8 @@ def estimate(
     """
     x, y = prepare_problem("estimate", problem, x, y, "y")
     adjoint = _rule("estimate", adjoint)
+    if isinstance(adjoint, ImplicitAdjoint) and adjoint.reparametrization is not None:
+        check_round_trip("estimate", adjoint.reparametrization, problem.inner, x, y)
     return _estimate(problem, x, y, adjoint)
 
 

@@ -65,6 +65,7 @@ class AbstractInner(eqx.Module):
     What the engine asks besides, each with a default:
 
     - `minimizes`: F is the gradient of `objective_at`, which a minimizer may be given;
+    - `is_step`: y - F(x, y) is a step that contracts (a fixed-point map, a forward-backward step);
     - `symmetric`: dF/dy is symmetric; `definite`: it must be positive definite (a strict minimum);
     - `operator_at(x, y)`: dF/dy as a lineax operator on y's structure, or None: autodiff;
     - `linear_solver`: who solves with that operator (a `bilevel` or lineax solver), or None: chosen by size;
@@ -91,6 +92,10 @@ class AbstractInner(eqx.Module):
 
     @property
     def minimizes(self) -> bool:
+        return False
+
+    @property
+    def is_step(self) -> bool:
         return False
 
     @property
@@ -270,6 +275,10 @@ class FixedPoint(_Structured):
     @property
     def step(self) -> Callable:
         return as_given(self._step)
+
+    @property
+    def is_step(self) -> bool:
+        return True
 
     def optimality(self, x, y):
         return jax.tree.map(lambda a, b: a - b, y, self._step(x, y))

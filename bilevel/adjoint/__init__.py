@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from ._base import AbstractAdjoint, Estimate, Target, usable
 from ._implicit import ImplicitAdjoint
+from ._others import JacobianFreeAdjoint, NeumannAdjoint, OneStepAdjoint, UnrolledAdjoint
 from ._rule import differentiable_estimate, implicit, solve_linear
 
 __all__ = [
-    "AbstractAdjoint", "Estimate", "ImplicitAdjoint", "Target", "differentiable_estimate", "implicit", "solve_linear",
-    "usable",
+    "AbstractAdjoint", "Estimate", "ImplicitAdjoint", "JacobianFreeAdjoint", "NeumannAdjoint", "OneStepAdjoint", "Target",
+    "UnrolledAdjoint", "differentiable_estimate", "implicit", "solve_linear", "usable",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from .. import _trees as trees
 from .._trees import ravel, ravel_like
-from ..errors import meanings
+from ..errors import Status, meanings
 from ..linear import choose, linear_system
 from ._base import AbstractAdjoint, usable
 
@@ -34,6 +34,22 @@ def implicit(inner, x, y0, work: Callable, linear_solver: Any, *, throw: bool) -
         y0,
     )
     return _implicit(inputs, symmetric=inner.symmetric)
+
+
+def frozen(work: Callable, x, y0) -> PyTree:
+    """`work(x, y0)` as a constant of every derivative, whatever it closes over."""
+    return _frozen((eqx.filter_closure_convert(work, x, y0), x, y0))
+
+
+@eqx.filter_custom_jvp
+def _frozen(inputs):
+    return jax.tree.map(jnp.asarray, inputs[0](inputs[1], inputs[2]))
+
+
+@_frozen.def_jvp
+def _frozen_jvp(primals, tangents):
+    out = _frozen(primals[0])
+    return out, jax.tree.map(lambda a: None, out)
 
 
 def _closed_solves(inner, x, y0, linear_solver, *, throw: bool):
