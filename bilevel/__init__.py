@@ -3,6 +3,7 @@
 from . import linear, solvers
 from .adjoint import ImplicitAdjoint, JacobianFreeAdjoint, NeumannAdjoint, OneStepAdjoint, UnrolledAdjoint
 from .correct import Jacobi, Newton, Preconditioner
+from .efficiency import EfficiencyConstant, efficiency_constant, hessian_vector_product
 from .errors import NotConverged, Status
 from .hypergradient import Hypergradient, estimate, hypergradient
 from .linear import ConjugateGradient, Direct, Krylov, Neumann
@@ -24,6 +25,7 @@ __all__ = [
     "BilevelProblem",
     "ConjugateGradient",
     "Direct",
+    "EfficiencyConstant",
     "Exp",
     "FixedPoint",
     "GradientCoordinates",
@@ -48,7 +50,9 @@ __all__ = [
     "State",
     "Status",
     "UnrolledAdjoint",
+    "efficiency_constant",
     "estimate",
+    "hessian_vector_product",
     "hypergradient",
     "linear",
     "minimize",

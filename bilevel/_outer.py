@@ -53,6 +53,32 @@ def lbfgsb(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation], boo
     return str(out.message)
 
 
+def newton_cg(oracle: Oracle, setting: Setting, on_step, product: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> str:
+    """SciPy's truncated Newton method in a trust region, with products of the Hessian of h."""
+    import scipy.optimize as so
+
+    def function(x):
+        found = oracle(x)
+        return found.value, found.gradient
+
+    def callback(intermediate_result):
+        found = oracle(intermediate_result.x)
+        if not np.array_equal(found.x, last[0]):  # a refused trial is no step
+            last[0] = found.x
+            if not on_step(found):
+                raise StopIteration
+
+    start = oracle(oracle.x0)
+    last = [start.x]
+    if not on_step(start):
+        return "at the start"
+    options = {"maxiter": 5 * setting.max_steps, "gtol": 0.0}
+    out = so.minimize(
+        function, oracle.x0, jac=True, hessp=product, method="trust-ncg", callback=callback, options=options
+    )
+    return str(out.message)
+
+
 def optax_steps(optimizer: Any, oracle: Oracle, setting: Setting, on_step, value_fn: Callable) -> str:
     """Any optax optimizer, its iterates projected on the bounds."""
     import optax

@@ -30,6 +30,7 @@ class LinearSystem(NamedTuple):
     unravel: Callable[[jax.Array], PyTree]
     gauge: Callable[[jax.Array], jax.Array] | None
     lower: Callable[[], LinearSystem] | None = None  # the same in float32, where that pays
+    active: Callable[[jax.Array], jax.Array] | None = None  # the derivative of the prox of a forward-backward residual
 
     def product(self, v: jax.Array, transpose: bool) -> jax.Array:
         return self.rmv(v) if transpose else self.mv(v)
@@ -72,8 +73,10 @@ def linear_system(inner, x: PyTree, y: PyTree, *, lower: bool = False) -> tuple[
     low = None
     if lower:
         low = lambda: linear_system(precision.lowered(inner), precision.lowered(x), precision.lowered(y))[1]
+    part = inner.active_part(x, y)
+    active = None if part is None else lambda w: ravel_like(part(unravel(w)), flat.dtype)
     system = LinearSystem(
-        mv, rmv, flat.size, flat.dtype, inner.symmetric, inner.definite, operator, unravel, gauge, low
+        mv, rmv, flat.size, flat.dtype, inner.symmetric, inner.definite, operator, unravel, gauge, low, active
     )
     return residual, system
 

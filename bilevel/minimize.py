@@ -18,12 +18,13 @@ from ._entry import prepare_problem
 from ._oracle import Evaluation, Oracle
 from ._trees import ravel, ravel_like
 from .adjoint import AbstractAdjoint, ImplicitAdjoint
+from .efficiency import hessian_vector_product
 from .hypergradient import hypergradient
 from .problem import AbstractBilevelProblem
 
 __all__ = ["Result", "State", "minimize"]
 
-_WORDS = ("l-bfgs-b", "proximal-gradient")
+_WORDS = ("l-bfgs-b", "newton-cg", "proximal-gradient")
 
 
 class State(eqx.Module):
@@ -100,8 +101,8 @@ def minimize(
 ) -> Result:
     """Minimizes h(x) = G(x, y*(x)), plus a proximable penalty where there is one.
 
-    **Arguments:** `problem`; `x0`, `y0`: trees of floating arrays. `method`: "l-bfgs-b" (SciPy's) or an optax
-    optimizer; with a prox it is proximal gradient. `bounds`: (lower, upper), each like x or a number. `prox`: `prox(x,
+    **Arguments:** `problem`; `x0`, `y0`: trees of floating arrays. `method`: "l-bfgs-b" (SciPy's), "newton-cg" (truncated
+    Newton in a trust region, with `hessian_vector_product`; no bounds) or an optax optimizer; with a prox it is proximal gradient. `bounds`: (lower, upper), each like x or a number. `prox`: `prox(x,
     t)` of t times a penalty, like x (default: the problem's own). `tol`: converged means that the largest entry of the
     projected gradient is at most tol · max(1, the first one's). `max_steps`: outer steps. `rtol`: accuracy of each
     hypergradient; None: what the outer step needs. `callback(state)`: called after each step. `progress`: a bar with
@@ -119,6 +120,8 @@ def minimize(
     _check_numbers(tol, max_steps, rtol)
     adjoint = ImplicitAdjoint() if adjoint is None else adjoint
     lower, upper = _flat_bounds(bounds, x0)
+    if method == "newton-cg" and (np.isfinite(lower).any() or np.isfinite(upper).any()):
+        raise ValueError("bilevel.minimize: method 'newton-cg' takes no bounds; use 'l-bfgs-b'.")
     mark, path, recorded = "", None, []
     if checkpoint is not None:
         path = Path(checkpoint)
@@ -135,6 +138,14 @@ def minimize(
     with loop:
         if prox is not None:
             said = outer.proximal_gradient(oracle, setting, loop.on_step)
+        elif method == "newton-cg":
+
+            def product(x, v):
+                at, along = (oracle.unravel_x(jnp.asarray(a, oracle.dtype)) for a in (x, v))
+                y = oracle.unravel_y(jnp.asarray(oracle(x).y))
+                return np.asarray(ravel_like(hessian_vector_product(problem, at, y, along), oracle.dtype), np.float64)
+
+            said = outer.newton_cg(oracle, setting, loop.on_step, product)
         elif isinstance(method, str):
             said = outer.lbfgsb(oracle, setting, loop.on_step)
         else:

@@ -13,9 +13,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree, Scalar
+from jaxtyping import Array, Bool, PyTree, Scalar
 
 from ._trees import check_like
+from .errors import Status
 
 __all__ = ["AbstractBilevelProblem", "AbstractInner", "BilevelProblem", "FixedPoint", "Minimization", "Root"]
 
@@ -69,6 +70,9 @@ class AbstractInner(eqx.Module):
     - `symmetric`: dF/dy is symmetric; `definite`: it must be positive definite (a strict minimum);
     - `operator_at(x, y)`: dF/dy as a lineax operator on y's structure, or None: autodiff;
     - `linear_solver`: who solves with that operator (a `bilevel` or lineax solver), or None: chosen by size;
+    - `active_part(x, y)`: w -> D w for a forward-backward residual, D the derivative of its prox, or None;
+    - `smooth_between(x, y, z)`: whether F is smooth from y to z (else no error estimate can rest on dF/dy);
+    - `status_at(x, y)`: another status than converged where F has no derivative at (x, y);
     - `gauge_part(x, v)`: the part of v along which the solution may slide, or None: the solution is unique;
     - `default_solver`: who finds y when the user names nobody, or None: the library's default for the kind;
     - `objective_at(x, y)`: the scalar being minimized, or None;
@@ -108,6 +112,15 @@ class AbstractInner(eqx.Module):
 
     def operator_at(self, x: PyTree, y: PyTree) -> Any:
         return None
+
+    def active_part(self, x: PyTree, y: PyTree) -> Callable[[PyTree], PyTree] | None:
+        return None
+
+    def smooth_between(self, x: PyTree, y: PyTree, z: PyTree) -> Bool[Array, ""]:
+        return jnp.asarray(True)
+
+    def status_at(self, x: PyTree, y: PyTree) -> Status:
+        return Status()
 
     def gauge_part(self, x: PyTree, v: PyTree) -> PyTree | None:
         return None

@@ -245,11 +245,14 @@ def check_round_trip(function: str, phi: AbstractReparametrization, inner, x: Py
     z = local.inverse(x, y)
     check_like(z, y, function, f"the inverse of {name}", "y")
     back = local.forward(x, z)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(y), jax.tree.leaves(back), strict=True):
+    leaves = jax.tree.leaves(z)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(y), jax.tree.leaves(back), strict=True)
+    for k, ((path, a), b) in enumerate(pairs):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         where = f"bilevel.{function}: reparametrization {name}, leaf {path_name(path)}"
-        if not np.all(np.isfinite(b)):
-            value = a[~np.isfinite(b)].ravel()[0]
+        inside = np.isfinite(b) & np.isfinite(np.asarray(leaves[k]))
+        if not np.all(inside):
+            value = a[~inside].ravel()[0]
             raise ValueError(f"{where}: y = {value:g} is outside its range; start elsewhere or choose another map.")
         wrong = np.abs(a - b)
         worst = np.unravel_index(np.argmax(wrong), wrong.shape) if wrong.size else ()

@@ -162,10 +162,10 @@ def _locate(inner, x, y, adjoint: AbstractAdjoint, rtol, atol) -> Attempt:
     error, scale = own if own is not None else (jnp.linalg.norm(step), jnp.linalg.norm(moved.flat))
     allowed = jnp.maximum(rtol * scale, atol).astype(flat.dtype)
     floor = 4 * eps * jnp.where(jnp.isfinite(rough.condition), rough.condition, 1) * scale
-    status = rough.status.then(moved.status)
+    status = rough.status.then(moved.status).then(inner.status_at(x, y_hat))
     fine = usable(status) & jnp.isfinite(error)
     contracted = (moved.after <= 0.5 * moved.before) & moved.used
-    reached = fine & (error <= allowed)
+    reached = fine & (error <= allowed) & inner.smooth_between(x, y_hat, unravel(moved.flat - step))
     newton = adjoint.correction_used is not None and adjoint.correction_used.uses_newton
     factor = jnp.clip(0.3 * allowed / jnp.where(error > 0, error, 1), 1e-4, 0.1)
     factor = jnp.where(fine, factor, 0.1)

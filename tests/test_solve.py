@@ -11,6 +11,7 @@ import pytest
 
 import bilevel
 from bilevel import BilevelProblem, ConjugateGradient, Direct, FixedPoint, ImplicitAdjoint, Minimization, Root, solvers
+from bilevel.adjoint import _rule
 
 from .helpers import KINDS, distance, glm, reference, relative, smooth
 
@@ -199,13 +200,13 @@ def test_jit_vmap_scan():
     np.testing.assert_allclose(descend(CASE.x), unrolled(CASE.x), rtol=1e-9)
     e = jnp.array([1e-5, 0.0, 0.0, 0.0])
     slope = (unrolled(CASE.x + e) - unrolled(CASE.x - e)) / 2e-5
-    bilevel.adjoint._warned_start = True  # y0 is carried, and so differentiated; the next test is about the warning
+    _rule._warned_start = True  # y0 is carried, and so differentiated; the next test is about the warning
     found = jax.grad(descend)(CASE.x)[0]
     np.testing.assert_allclose(found, slope, rtol=1e-6)
 
 
 def test_the_starting_point_has_no_derivative_and_one_is_told():
-    bilevel.adjoint._warned_start = False
+    _rule._warned_start = False
     with pytest.warns(UserWarning, match="starting point"):
         g = jax.grad(lambda y0: jnp.sum(bilevel.solve(INNER, CASE.x, y0).y))(CASE.y0)
     np.testing.assert_array_equal(g, 0)

@@ -16,8 +16,9 @@ from ._base import AbstractAdjoint, Estimate, Target, usable
 from ._implicit import ImplicitAdjoint
 from ._others import JacobianFreeAdjoint, NeumannAdjoint, OneStepAdjoint, UnrolledAdjoint
 from ._rule import differentiable_estimate, implicit, solve_linear
+from ._second import hessian_product, moved_point, parts_at
 
 __all__ = [
     "AbstractAdjoint", "Estimate", "ImplicitAdjoint", "JacobianFreeAdjoint", "NeumannAdjoint", "OneStepAdjoint", "Target",
-    "UnrolledAdjoint", "differentiable_estimate", "implicit", "solve_linear", "usable",
+    "UnrolledAdjoint", "differentiable_estimate", "hessian_product", "implicit", "moved_point", "parts_at", "solve_linear", "usable",
 ]  # fmt: skip

@@ -31,7 +31,7 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None) 
 
     value, (g_x, g_y) = jax.value_and_grad(outer, argnums=(0, 1))(x, flat)
     pull_x = jax.vjp(lambda x: ravel_like(inner.optimality(x, unravel(flat)), flat.dtype), x)[1]
-    status = Status("converged")
+    status = inner.status_at(x, unravel(flat))
     if system.gauge is not None:
         along, size = jnp.linalg.norm(system.gauge(g_y)), jnp.linalg.norm(g_y)
         slides = along > jnp.sqrt(eps) * size
@@ -86,6 +86,7 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None) 
         inner_touches_x=touches | (jnp.linalg.norm(v) == 0),
         contracted=jnp.asarray(True),
         quality=quality,
+        smooth=inner.smooth_between(x, unravel(flat), unravel(flat - step)),
         evaluations=jnp.ones((), jnp.int32),
         products=(adjoint.products + first.products + second.products + 1).astype(jnp.int32),
     )

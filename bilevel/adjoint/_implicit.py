@@ -16,7 +16,7 @@ from ..correct import AbstractCorrection, Newton, correct
 from ..errors import Status
 from ..linear import AbstractLinearSolver, choose, linear_system
 from ..reparametrize import AbstractReparametrization, in_coordinates
-from ._base import AbstractAdjoint, Estimate, Target
+from ._base import AbstractAdjoint, Estimate, Target, usable
 from ._evaluate import evaluate
 from ._rule import implicit
 
@@ -111,9 +111,11 @@ def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess) -> Estimat
         after = ravel_like(inner.optimality(x, unravel(found.flat - found.step)), flat.dtype)
         trusted = _tiny(found) | (jnp.linalg.norm(after) <= _CONTRACTION * found.inner_residual)
     untrusted = Status.where(trusted, Status(), Status("estimate_untrusted"))
-    found = found._replace(
-        status=found.status.then(moved.status).then(untrusted), evaluations=found.evaluations + extra
-    )
+    status = found.status.then(moved.status).then(untrusted)
+    # another piece of a nonsmooth F: what was prepared at y says nothing here, not even why a solve stopped short
+    crossed = ~inner.smooth_between(x, y, unravel(found.flat)) & usable(status) & ~moved.settled
+    status = Status.where(crossed & moved.used, Status("estimate_untrusted"), status)
+    found = found._replace(status=status, evaluations=found.evaluations + extra)
     if improving:
         found = _chords(problem, x, unravel, solver, moved.state, found, target, rtol)
     inexact = (found.status.code == Status("correction_rejected").code) | (
@@ -131,6 +133,7 @@ def _contracts(found: Estimate, last: jax.Array, solver) -> jax.Array:
     """Whether the step still to go is clearly shorter than the last one taken, and is the right step: what an error
     estimate of first order rests on. A state prepared elsewhere must still solve with dF/dy of this point."""
     right = found.quality <= _STALE if solver.keeps else jnp.asarray(True)
+    right = right & found.smooth
     return (right & (jnp.linalg.norm(found.step) <= _CONTRACTION * last)) | _tiny(found)
 
 

@@ -24,7 +24,7 @@ def implicit(inner, x, y0, work: Callable, linear_solver: Any, *, throw: bool) -
 
     What the functions close over is hoisted into arguments first, so that derivatives flow to it as well.
     """
-    solve, transposed = _closed_solves(inner, x, y0, linear_solver, throw=throw)
+    solve, transposed = closed_solves(inner, x, y0, linear_solver, throw=throw)
     inputs = (
         eqx.filter_closure_convert(work, x, y0),
         eqx.filter_closure_convert(lambda x, y: inner.optimality(x, y), x, y0),
@@ -52,7 +52,7 @@ def _frozen_jvp(primals, tangents):
     return out, jax.tree.map(lambda a: None, out)
 
 
-def _closed_solves(inner, x, y0, linear_solver, *, throw: bool):
+def closed_solves(inner, x, y0, linear_solver, *, throw: bool):
     """The solves with F_y and its transpose as functions `(x, y, b)` that close over nothing traced."""
     flat, _ = ravel(y0)
 
@@ -75,11 +75,12 @@ def _solve_at(inner, x, y, b, linear_solver, *, transpose: bool, throw: bool):
     _, system = linear_system(inner, x, y)
     answer = solver.solve(solver.prepare(system), system, system.off_gauge(b), transpose=transpose)
     value = system.off_gauge(answer.value)
+    status = answer.status.then(inner.status_at(x, y))
     if throw:
         texts = [f"bilevel.solve, derivative: {sentence}." for sentence in meanings()]
-        bad = ~(answer.status == Status("converged"))
-        return eqx.internal.branched_error_if(value, bad, answer.status.code, texts)
-    return jnp.where(usable(answer.status), value, jnp.nan)
+        bad = ~(status == Status("converged"))
+        return eqx.internal.branched_error_if(value, bad, status.code, texts)
+    return jnp.where(usable(status), value, jnp.nan)
 
 
 @eqx.filter_custom_jvp
@@ -115,7 +116,7 @@ def differentiable_estimate(problem, x, y0, work: Callable, adjoint: AbstractAdj
     Their derivatives are those of h at the y returned: dvalue = the hypergradient, dgradient = the hyper-Hessian,
     dy = the implicit Jacobian, each by linear solves with F_y there.
     """
-    solve, transposed = _closed_solves(problem.inner, x, y0, adjoint.linear_solver_used, throw=False)
+    solve, transposed = closed_solves(problem.inner, x, y0, adjoint.linear_solver_used, throw=False)
     inputs = (
         eqx.filter_closure_convert(work, x, y0),
         eqx.filter_closure_convert(lambda x, y: problem.inner.optimality(x, y), x, y0),

@@ -1,0 +1,88 @@
+"""Solving with dF/dy of a forward-backward residual, on its support."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from . import linear
+from .errors import Status
+from .krylov import conjugate_gradient
+from .linear import AbstractLinearSolver, Direct, LinearSolution
+
+__all__ = ["SupportAware"]
+
+_PROBES = 64  # steps of the search for negative curvature
+
+
+class SupportAware(AbstractLinearSolver):
+    """For A = dF/dy = I - D (I - t H), D the prox's derivative (`LinearSystem.active`), H the smooth part's Hessian:
+    LU of A up to `bilevel.linear.DENSE_LIMIT` unknowns, above it conjugate gradients on the support, never forming A.
+
+    S = A D = D (I - D) + t D H D is symmetric, and positive definite on the range of D where the solution is a strict
+    minimum. With it (insert to check; derived in docs/theory)
+
+        A s  = b  has  s = b + D w,          S w = b - A b = D (I - t H) b,
+        A' v = g  has  v = g + z - A' z,     S z = D g,
+
+    w and z in the range of D, where conjugate gradients stay. A takes one Hessian product, and so does a step.
+
+    **Arguments:** `rtol`: relative residual to stop at; None: what the caller needs. A singular or indefinite S is
+    found by Ritz values and curvatures: what the right-hand side (dense: a fixed probe) does not excite is missed.
+    """
+
+    rtol: float | None = None
+    max_steps: int | None = eqx.field(static=True, default=None)
+
+    def _dense(self, system) -> bool:
+        return system.size <= linear.DENSE_LIMIT
+
+    @property
+    def keeps(self):
+        return True
+
+    def cost(self, system):
+        return system.size if self._dense(system) else 0
+
+    def prepare(self, system):
+        if system.active is None:
+            raise ValueError("bilevel: SupportAware() is for Composite problems only; use Krylov() or Direct().")
+        if not self._dense(system):
+            return None
+        state = Direct().prepare(system)
+        # LU does not see the sign of the curvature on the support
+        part = system.active(jnp.cos(jnp.arange(1, system.size + 1, dtype=system.dtype)))
+        probe = conjugate_gradient(
+            lambda w: system.mv(system.active(w)), part, rtol=1e-8, max_steps=min(_PROBES, system.size)
+        )
+        saddle = (probe.status == Status("not_a_minimum")) & (state.status == Status("converged"))
+        return eqx.tree_at(lambda s: s.status, state, Status.where(saddle, probe.status, state.status))
+
+    def solve(self, state, system, b, *, transpose=False, rtol=None, guess=None, forcing=None):
+        if state is not None:
+            return Direct().solve(state, system, b, transpose=transpose, rtol=rtol, guess=guess)
+        eps = float(jnp.finfo(b.dtype).eps)
+        wanted = self.rtol if self.rtol is not None else rtol if rtol is not None else 50 * eps
+        rest = b if guess is None else b - system.product(guess, transpose)
+        right = system.active(rest) if transpose else rest - system.mv(rest)
+        size = jnp.linalg.norm(right)
+        goal = jnp.asarray(wanted, b.dtype) * jnp.linalg.norm(b)  # the residual of A s = b is that of S w
+        relative = goal / jnp.where(size > 0, size, 1)
+        found = conjugate_gradient(
+            lambda w: system.mv(system.active(w)), right, rtol=relative, max_steps=self.max_steps,
+            forcing=None if self.rtol is not None or guess is not None else forcing,
+        )  # fmt: skip
+        if transpose:
+            value = rest + found.value - system.rmv(found.value)
+        else:
+            value = rest + system.active(found.value)
+        value = value if guess is None else guess + value
+        residual = b - system.product(value, transpose)
+        extra = 3 if guess is None else 4
+        return LinearSolution(value, residual, found.status, found.condition, found.steps + extra)
+
+    def approximate(self, state, system, b, *, rtol=0.03, transpose=False):
+        if state is not None:
+            return Direct().approximate(state, system, b, transpose=transpose)
+        return self.solve(state, system, b, transpose=transpose, rtol=rtol)
