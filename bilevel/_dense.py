@@ -20,11 +20,40 @@ class Dense(eqx.Module):
     status: Status
     cholesky: bool = eqx.field(static=True)
 
+    def extremes(self, scaled: jax.Array, steps: int = 4) -> tuple[jax.Array, jax.Array]:
+        """About the smallest and the largest singular value of the scaled matrix: inverse and power iteration from a
+        fixed start. The last pivot alone misses small eigenvalues whose vector is spread over all unknowns."""
+        start = 1 + 0.5 * jnp.cos(1.7 * jnp.arange(1, scaled.shape[0] + 1, dtype=scaled.dtype))
+
+        def unit(v):
+            size = jnp.linalg.norm(v)
+            return v / jnp.where(size > 0, size, 1)
+
+        def body(_, carry):
+            v, w, _, _ = carry
+            v = self._bare(unit(v), False)
+            w = scaled @ unit(w)
+            small, large = jnp.linalg.norm(v), jnp.linalg.norm(w)
+            if not self.cholesky:  # on A'A
+                v, w = self._bare(v, True), scaled.T @ w
+            return v, w, small, large
+
+        one = jnp.ones((), scaled.dtype)
+        _, _, small, large = lax.fori_loop(0, steps, body, (start, start, one, one))
+        small = jnp.where(jnp.isfinite(small) & (small > 0), 1 / jnp.where(small > 0, small, 1), 0)
+        return small, large
+
+    def _bare(self, b, transpose: bool):
+        """Solves with the scaled matrix."""
+        if self.cholesky:
+            return jsl.cho_solve((self.factor, True), b)
+        return jsl.lu_solve((self.factor, self.permutation), b, trans=1 if transpose else 0)
+
     def solve(self, b, transpose: bool):
         if self.cholesky:
-            return self.right * jsl.cho_solve((self.factor, True), self.left * b)
+            return self.right * self._bare(self.left * b, False)
         first, last = (self.right, self.left) if transpose else (self.left, self.right)
-        return last * jsl.lu_solve((self.factor, self.permutation), first * b, trans=1 if transpose else 0)
+        return last * self._bare(first * b, transpose)
 
 
 def factor_definite(a: jax.Array) -> Dense:
@@ -35,10 +64,11 @@ def factor_definite(a: jax.Array) -> Dense:
     scale = jnp.where(diagonal > 0, 1 / jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1)), 1)
     scaled = a * scale[:, None] * scale[None, :]
     factor = jnp.linalg.cholesky(scaled, symmetrize_input=False)
-    pivots = jnp.square(jnp.diagonal(factor))
-    smallest = jnp.min(pivots)
-    threshold = _threshold(n, dtype) * jnp.max(pivots)
-    good = jnp.all(jnp.isfinite(factor)) & (smallest > threshold)
+    unused = jnp.zeros((0,), jnp.int32)
+    one = jnp.ones((), dtype)
+    dense = Dense(factor, unused, scale, scale, one, Status(), True)
+    smallest, largest = dense.extremes(scaled)
+    good = jnp.all(jnp.isfinite(factor)) & (smallest > _threshold(n, dtype) * largest)
 
     def why(matrix):
         values = jnp.linalg.eigvalsh(matrix)
@@ -48,8 +78,7 @@ def factor_definite(a: jax.Array) -> Dense:
         return Status.where(jnp.isfinite(size), status, Status("non_finite")).code
 
     code = lax.cond(good, lambda _: Status("converged").code, why, scaled)
-    condition = jnp.where(good, jnp.max(pivots) / jnp.where(good, smallest, 1), jnp.inf)
-    unused = jnp.zeros((0,), jnp.int32)
+    condition = jnp.where(good, largest / jnp.where(good, smallest, 1), jnp.inf)
     return Dense(factor, unused, scale, scale, condition, Status(code), True)
 
 
@@ -63,13 +92,14 @@ def factor_general(a: jax.Array) -> Dense:
     right = jnp.where(columns > 0, 1 / jnp.where(columns > 0, columns, 1), 1)
     scaled = scaled * right[None, :]
     factor, permutation = jsl.lu_factor(scaled)
-    pivots = jnp.abs(jnp.diagonal(factor))
-    smallest, largest = jnp.min(pivots), jnp.max(pivots)
+    permutation = permutation.astype(jnp.int32)
+    dense = Dense(factor, permutation, left, right, jnp.ones((), dtype), Status(), False)
+    smallest, largest = dense.extremes(scaled)
     good = smallest > _threshold(n, dtype) * largest
     status = Status.where(good, Status("converged"), Status("singular"))
     status = Status.where(jnp.all(jnp.isfinite(a)), status, Status("non_finite"))
     condition = jnp.where(good, largest / jnp.where(good, smallest, 1), jnp.inf)
-    return Dense(factor, permutation.astype(jnp.int32), left, right, condition, status, False)
+    return Dense(factor, permutation, left, right, condition, status, False)
 
 
 def _threshold(n: int, dtype) -> float:

@@ -65,8 +65,11 @@ def _own_shape(inner) -> PyTree | None:
         return None
 
 
-def check_tolerance(function: str, rtol: Any, atol: Any) -> None:
-    """Raises ValueError unless the concrete tolerances are numbers, rtol positive and atol not negative."""
+def check_tolerance(function: str, rtol: Any, atol: Any, max_steps: Any = 0) -> None:
+    """Raises ValueError unless the concrete tolerances are numbers, rtol positive and atol not negative, and max_steps
+    is an integer of at least 0."""
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0:
+        raise ValueError(f"bilevel.{function}: max_steps must be an integer of at least 0, found {max_steps!r}.")
     for name, value in (("rtol", rtol), ("atol", atol)):
         if isinstance(value, jax.core.Tracer):
             continue

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jaxtyping import PyTree
 
 from . import linear
+from ._trees import ravel, ravel_like
 from .errors import Status
 from .krylov import conjugate_gradient
 from .linear import AbstractLinearSolver, Direct, LinearSolution
@@ -14,6 +19,31 @@ from .linear import AbstractLinearSolver, Direct, LinearSolution
 __all__ = ["SupportAware"]
 
 _PROBES = 64  # steps of the search for negative curvature
+_POWER_STEPS = 8  # of the iteration for L; any t > 0 gives the same solution, so a rough one will do
+
+
+def inverse_curvature(function: Callable, x: PyTree, y: PyTree) -> jax.Array:
+    """1 / L, L the largest |eigenvalue| of the Hessian in y of `function(x, y)` by power iteration, or 1 where that is
+    zero. A constant of every derivative."""
+    still = lambda tree: jax.tree.map(lambda a: lax.stop_gradient(a) if eqx.is_array(a) else a, tree)
+    function, x, y = still((function, x, y))
+    flat, unravel = ravel(y)
+
+    def gradient(point):
+        return ravel_like(jax.grad(function, argnums=1)(x, unravel(point)), flat.dtype)
+
+    hessian = jax.linearize(gradient, flat)[1]
+    start = 1 + 0.5 * jnp.cos(jnp.arange(1, flat.size + 1, dtype=flat.dtype))
+
+    def body(_, carry):
+        v, _ = carry
+        w = hessian(v)
+        size = jnp.linalg.norm(w)
+        return w / jnp.where(size > 0, size, 1), size
+
+    _, size = lax.fori_loop(0, _POWER_STEPS, body, (start / jnp.linalg.norm(start), jnp.ones((), flat.dtype)))
+    fine = (size > 0) & jnp.isfinite(size)
+    return lax.stop_gradient(jnp.where(fine, 1 / jnp.where(fine, size, 1), 1))
 
 
 class SupportAware(AbstractLinearSolver):

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from . import _precision as precision
 from ._trees import ravel, ravel_like
+from .errors import Status
 
 _COLUMNS = 256  # columns of a dense matrix formed at once: bounds memory, keeps matrix products large
 
@@ -29,6 +30,7 @@ class LinearSystem(NamedTuple):
     operator: Any  # lineax operator on y's structure, or None
     unravel: Callable[[jax.Array], PyTree]
     gauge: Callable[[jax.Array], jax.Array] | None
+    defect: jax.Array | None = None  # how far dF/dy is from vanishing along the gauge, relative to its size
     lower: Callable[[], LinearSystem] | None = None  # the same in float32, where that pays
     active: Callable[[jax.Array], jax.Array] | None = None  # the derivative of the prox of a forward-backward residual
 
@@ -41,6 +43,14 @@ class LinearSystem(NamedTuple):
         if self.size <= _COLUMNS:
             return jax.vmap(self.mv, out_axes=1)(identity)
         return lax.map(self.mv, identity, batch_size=_COLUMNS).T
+
+    @property
+    def gauge_status(self) -> Status:
+        """`not_a_gauge` where dF/dy does not vanish along the declared gauge."""
+        if self.defect is None:
+            return Status()
+        false = self.defect > jnp.sqrt(jnp.finfo(self.dtype).eps)
+        return Status.where(false, Status("not_a_gauge"), Status())
 
     def off_gauge(self, v: jax.Array) -> jax.Array:
         """v without its part along the gauge."""
@@ -66,27 +76,36 @@ def linear_system(inner, x: PyTree, y: PyTree, *, lower: bool = False) -> tuple[
     operator = inner.operator_at(x, y)
     if operator is not None:
         _check_operator(operator, flat.size)
-    gauge = None
+    gauge = defect = None
     if inner.gauge_part(x, y) is not None:  # shift the flat directions away from zero: a solve on the quotient
         gauge = lambda v: ravel_like(inner.gauge_part(x, unravel(v)), flat.dtype)
-        mv, rmv = _shifted(mv, gauge, flat), _shifted(rmv, gauge, flat)
+        size, defect = _along(mv, gauge, flat)
+        mv, rmv = _shifted(mv, gauge, size), _shifted(rmv, gauge, size)
     low = None
     if lower:
         low = lambda: linear_system(precision.lowered(inner), precision.lowered(x), precision.lowered(y))[1]
     part = inner.active_part(x, y)
     active = None if part is None else lambda w: ravel_like(part(unravel(w)), flat.dtype)
     system = LinearSystem(
-        mv, rmv, flat.size, flat.dtype, inner.symmetric, inner.definite, operator, unravel, gauge, low, active
+        mv, rmv, flat.size, flat.dtype, inner.symmetric, inner.definite, operator, unravel, gauge, defect, low,
+        active,
     )
     return residual, system
 
 
-def _shifted(mv, gauge, flat):
-    """mv + s * (projector on the gauge), s the size of the matrix along one probe off the gauge."""
+def _along(mv, gauge, flat) -> tuple[jax.Array, jax.Array]:
+    """The size of the matrix on a probe off the gauge, and on one along it relative to that."""
     probe = jnp.cos(jnp.arange(1, flat.size + 1, dtype=flat.dtype))
-    probe = probe - gauge(probe)
-    size = jnp.linalg.norm(mv(probe)) / jnp.maximum(jnp.linalg.norm(probe), jnp.finfo(flat.dtype).tiny)
+    along = gauge(probe)
+    off = probe - along
+    tiny = jnp.finfo(flat.dtype).tiny
+    size = jnp.linalg.norm(mv(off)) / jnp.maximum(jnp.linalg.norm(off), tiny)
     size = jnp.where(size > 0, size, 1)
+    return size, jnp.linalg.norm(mv(along)) / jnp.maximum(jnp.linalg.norm(along), tiny) / size
+
+
+def _shifted(mv, gauge, size):
+    """mv + size * (projector on the gauge)."""
     return lambda v: mv(v) + size * gauge(v)
 
 

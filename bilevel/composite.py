@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import PyTree
 
-from ._support import SupportAware
-from ._trees import check_like, ravel, ravel_like
+from ._support import SupportAware, inverse_curvature
+from ._trees import check_like, ravel
 from .errors import Status
 from .problem import AbstractInner, _callable, _check_scalar, as_given
 
 __all__ = ["Composite"]
-
-_POWER_STEPS = 8  # of the iteration for L; any t > 0 gives the same solution, so a rough one will do
-
 
 class Composite(AbstractInner):
     """y*(x) minimizes `smooth(x, y)` + r(x, y), r convex and known by its proximal operator.
@@ -85,26 +80,13 @@ class Composite(AbstractInner):
         return jax.tree.map(lambda a, g: a - t.astype(a.dtype) * g.astype(a.dtype), y, gradient)
 
     def step_length(self, x: PyTree, y: PyTree) -> jax.Array:
-        """t = 1 / L, L the largest |eigenvalue| of the Hessian of `smooth` at (x, y) by power iteration, a constant."""
-        still = lambda tree: jax.tree.map(lambda a: lax.stop_gradient(a) if eqx.is_array(a) else a, tree)
-        smooth, x, y = still((self._smooth, x, y))
+        """t = 1 / L, a constant of every derivative."""
+        return inverse_curvature(self._smooth, x, y)
+
+    def forward_backward(self, x: PyTree, y: PyTree, gradient: jax.Array, t: jax.Array) -> PyTree:
+        """prox(x, y - t gradient, t), with the gradient of the smooth part given (flat)."""
         flat, unravel = ravel(y)
-
-        def gradient(point):
-            return ravel_like(jax.grad(smooth, argnums=1)(x, unravel(point)), flat.dtype)
-
-        hessian = jax.linearize(gradient, flat)[1]
-        start = 1 + 0.5 * jnp.cos(jnp.arange(1, flat.size + 1, dtype=flat.dtype))
-
-        def body(_, carry):
-            v, _ = carry
-            w = hessian(v)
-            size = jnp.linalg.norm(w)
-            return w / jnp.where(size > 0, size, 1), size
-
-        _, size = lax.fori_loop(0, _POWER_STEPS, body, (start / jnp.linalg.norm(start), jnp.ones((), flat.dtype)))
-        fine = (size > 0) & jnp.isfinite(size)
-        return lax.stop_gradient(jnp.where(fine, 1 / jnp.where(fine, size, 1), 1))
+        return self._prox(x, unravel(flat - t * gradient), t)
 
     # -------------------------------------------------------------------------------------------- the active set
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import PyTree
 
-from ._trees import ravel_like
+from ._trees import check_like, ravel_like
 from .errors import Status
 from .linear import AbstractLinearSolver, LinearSystem, MixedPrecision, linear_system
 from .problem import as_given, as_node
@@ -85,6 +85,7 @@ class Preconditioner(AbstractCorrection):
 
     def displacement(self, x, y, residual, system, solve):
         moved = self._solve(x, y, system.unravel(residual))
+        check_like(moved, y, "Preconditioner", "the value of solve(x, y, F)", "y")
         return ravel_like(moved, residual.dtype), Status("converged")
 
 
@@ -146,11 +147,12 @@ def scaled_spectral_radius(
 
 
 class Corrected(NamedTuple):
-    """The moved point `flat`, the residuals before and after, the length of the (last) displacement, whether it is
+    """The moved point `flat`, the `start` it was moved from, the residuals before and after, the length of the (last) displacement, whether it is
     `used`, whether y was `settled` (the displacement is round-off), the prepared `state` of the linear solver,
     `(F, system)` there, a `status`, and the numbers of evaluations of F and of products with dF/dy."""
 
     flat: jax.Array
+    start: jax.Array
     before: jax.Array
     after: jax.Array
     moved: jax.Array
@@ -181,11 +183,12 @@ def correct(
         one = jnp.asarray(1, jnp.int32)
         state = solver.prepare(system)
         return Corrected(
-            flat, before, before, jnp.zeros_like(before), jnp.asarray(True), before == 0, state, (residual, system),
-            Status(), one, prepared,
+            flat, flat, before, before, jnp.zeros_like(before), jnp.asarray(True), before == 0, state, (residual, system),
+            Status.where(jnp.isfinite(before), Status(), Status("non_finite")), one, prepared,
         )  # fmt: skip
 
-    status, state, condition = Status("converged"), None, jnp.ones((), flat.dtype)
+    status = Status.where(jnp.isfinite(before), Status(), Status("non_finite"))
+    state, condition = None, jnp.ones((), flat.dtype)
     point, at = flat, residual
     move = jnp.zeros_like(flat)
     for k in range(correction.steps):
@@ -197,7 +200,7 @@ def correct(
             if loose:
                 answer = solver.approximate(state, system, system.off_gauge(at), rtol=1e-4)
             else:
-                answer = solver.solve(state, system, system.off_gauge(at), forcing=(0.3, size))
+                answer = solver.solve(state, system, system.off_gauge(at), forcing=(1e-3, size))
             solve = lambda b, a=answer: (a.value, a.status)
             condition = jnp.maximum(condition, answer.condition)
             products = products + prepared + answer.products.astype(jnp.int32)
@@ -229,4 +232,4 @@ def correct(
         products = products + prepared
     after = jnp.where(used, after, before)
     evaluations = jnp.asarray(correction.steps + 1, jnp.int32)
-    return Corrected(kept, before, after, moved, used, settled, state, (residual, system), status, evaluations, products)
+    return Corrected(kept, flat, before, after, moved, used, settled, state, (residual, system), status, evaluations, products)

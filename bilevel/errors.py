@@ -60,6 +60,10 @@ _MEANINGS = {
         "the outer objective changes along the declared gauge, along which the inner solution is arbitrary: "
         "its hypergradient does not exist; make the outer objective gauge-invariant"
     ),
+    "not_a_gauge": (
+        "dF/dy does not vanish along the declared gauge: the inner solution does not slide there; correct gauge= or "
+        "leave it out"
+    ),
     "degenerate_active_set": (
         "an inequality of the inner problem is active with a multiplier of zero: the solution has no derivative there"
     ),

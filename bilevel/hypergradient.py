@@ -146,12 +146,12 @@ def hypergradient(
     `throw=False`: then the best gradient with its `.error`, or NaN with an infinite error, and `.status`. Warns if
     x does not enter the inner problem.
     """
-    check_tolerance("hypergradient", rtol, atol)
+    check_tolerance("hypergradient", rtol, atol, max_steps)
     x, y0 = prepare_problem("hypergradient", problem, x, y0, "y0")
     adjoint = _rule("hypergradient", adjoint)
     result, touches = _hypergradient(problem, x, y0, jnp.asarray(rtol), jnp.asarray(atol), solver, adjoint, max_steps)
     result = finish("hypergradient", result, result.converged, result.status, throw, problem.inner, x, y0)
-    if not trees.is_traced(touches) and not bool(touches):
+    if not trees.is_traced(touches) and not bool(touches) and bool(jnp.isfinite(result.value)):
         _warn_if_x_is_absent(problem.inner, x, result.y)
     return result
 
@@ -195,7 +195,7 @@ def search(problem, x, y0, rtol, atol, solver, adjoint, max_steps, newton_first,
 
         out = rounds(attempt, problem.inner, x, y0, solver, max_steps=max_steps, newton_first=newton_first)
         found = out.found
-        status = outcome(found.status, out.reached, found.error <= 3 * found.floor)
+        status = outcome(found.status, out.reached, found.error <= 3 * found.floor, out.steps >= max_steps)
         fields = _package(found, unravel, out.reached, status, out.steps, out.evaluations, out.products)
         return fields[0], (*fields[1], found.inner_touches_x, (found.adjoint, found.residual))
 

@@ -77,21 +77,26 @@ class AbstractLinearSolver(eqx.Module):
         return self.solve(state, system, b, transpose=transpose, rtol=rtol)
 
     @property
+    def limited(self) -> bool:
+        """Whether the user set its accuracy or its steps: then its answer is taken as it is, error and all."""
+        return False
+
+    @property
     def keeps(self) -> bool:
         """Whether the prepared state does most of the work, and is worth keeping at nearby points."""
         return False
 
 
-def both(solver: AbstractLinearSolver, state, system: LinearSystem, b, rtol, c) -> tuple[LinearSolution, LinearSolution]:
-    """Approximate solutions of A'v = b to `rtol` and of A w = c (or, if A is symmetric, either way) to one digit."""
-    one_digit = jnp.asarray(0.03, b.dtype)
+def both(solver: AbstractLinearSolver, state, system: LinearSystem, b, rtol, c, rough=0.03) -> tuple[LinearSolution, LinearSolution]:
+    """Approximate solutions of A'v = b to `rtol` and of A w = c to `rough`."""
+    rough = jnp.asarray(rough, b.dtype)
     if system.symmetric:
         solve = lambda b, rtol: solver.approximate(state, system, b, rtol=rtol)
-        out = jax.vmap(solve)(jnp.stack([b, c]), jnp.stack([jnp.asarray(rtol, b.dtype), one_digit]))
+        out = jax.vmap(solve)(jnp.stack([b, c]), jnp.stack([jnp.asarray(rtol, b.dtype), rough]))
         return jax.tree.map(lambda a: a[0], out), jax.tree.map(lambda a: a[1], out)
     return (
         solver.approximate(state, system, b, rtol=rtol, transpose=True),
-        solver.approximate(state, system, c, rtol=one_digit),
+        solver.approximate(state, system, c, rtol=rough),
     )
 
 
@@ -172,6 +177,10 @@ class ConjugateGradient(AbstractLinearSolver):
     preconditioner: Any = None
     max_steps: int | None = eqx.field(static=True, default=None)
 
+    @property
+    def limited(self):
+        return self.rtol is not None or self.max_steps is not None
+
     def prepare(self, system):
         if not system.symmetric:
             raise ValueError(
@@ -207,7 +216,8 @@ class ConjugateGradient(AbstractLinearSolver):
 class Krylov(AbstractLinearSolver):
     """Matrix-free solves of a non-symmetric dF/dy: lineax's GMRES (`method="gmres"`) or BiCGStab (`"bicgstab"`).
 
-    **Arguments:** `rtol` as for `ConjugateGradient`; `restart`: GMRES's restart length; `max_steps`: products.
+    **Arguments:** `rtol` as for `ConjugateGradient`; `restart`: GMRES's restart length; `max_steps`: lineax's, in
+    which GMRES counts restarts.
     """
 
     method: str = eqx.field(static=True, default="gmres")
@@ -218,6 +228,10 @@ class Krylov(AbstractLinearSolver):
     def __check_init__(self):
         if self.method not in ("gmres", "bicgstab"):
             raise ValueError(f"bilevel.Krylov: unknown method {self.method!r}; choose 'gmres' or 'bicgstab'.")
+
+    @property
+    def limited(self):
+        return self.rtol is not None or self.max_steps is not None
 
     def prepare(self, system):
         return None
@@ -254,6 +268,10 @@ class Neumann(AbstractLinearSolver):
 
     terms: int = eqx.field(static=True)
     step: float | None = None
+
+    @property
+    def limited(self):
+        return True
 
     def prepare(self, system):
         if self.step is not None:
@@ -292,6 +310,10 @@ class Lineax(AbstractLinearSolver):
         tags += [lx.positive_semidefinite_tag] if system.definite else []
         shape = jax.ShapeDtypeStruct((system.size,), system.dtype)
         return lx.FunctionLinearOperator(system.mv, shape, tags=tuple(tags))
+
+    @property
+    def limited(self):
+        return isinstance(self.solver, (lx.CG, lx.BiCGStab, lx.GMRES))
 
     def prepare(self, system):
         operator = self._operator(system)

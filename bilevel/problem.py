@@ -77,6 +77,7 @@ class AbstractInner(eqx.Module):
     - `default_solver`: who finds y when the user names nobody, or None: the library's default for the kind;
     - `objective_at(x, y)`: the scalar being minimized, or None;
     - `aux_at(x, y)`: what the user's function returns besides, or None;
+    - `multipliers_at(x, y)`: of the constraints, at a solution, or None;
     - `size_of_error(x, y, F, step)`: (error, scale) by which `solve` judges its rtol, or None: the norm of the
       Newton step against the norm of y;
     - `initial()`: a y to start from (plugins).
@@ -129,6 +130,9 @@ class AbstractInner(eqx.Module):
         return None
 
     def aux_at(self, x: PyTree, y: PyTree) -> PyTree:
+        return None
+
+    def multipliers_at(self, x: PyTree, y: PyTree) -> PyTree:
         return None
 
     def size_of_error(self, x: PyTree, y: PyTree, residual: PyTree, step: PyTree) -> Any:

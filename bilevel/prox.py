@@ -64,9 +64,16 @@ def _per_leaf(weight: Any, x: PyTree, v: PyTree, name: str) -> list[jax.Array]:
         )
     parts = [jnp.asarray(part).astype(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
     for part, leaf in zip(parts, leaves, strict=True):
-        if np.broadcast_shapes(part.shape, leaf.shape) != leaf.shape:
+        if not _fits(part.shape, leaf.shape):
             raise ValueError(f"bilevel.prox: {name} of shape {part.shape} does not fit a leaf of shape {leaf.shape}.")
     return parts
+
+
+def _fits(shape: tuple, into: tuple) -> bool:
+    try:
+        return np.broadcast_shapes(shape, into) == into
+    except ValueError:
+        return False
 
 
 def _scalar(weight: Any, x: PyTree, dtype: Any, name: str) -> jax.Array:

@@ -28,7 +28,7 @@ ROUNDS = 16
 
 
 class Solution(eqx.Module):
-    """What `solve` found. `y` and `aux` are differentiable; the rest reports on the computation.
+    """What `solve` found. `y`, `aux` and `multipliers` (of a `Constrained` problem) are differentiable; the rest reports on the computation.
 
     `residual`: |F(x, y)|_2; `steps`: of the inner solver; `converged`: the accuracy asked for was reached;
     `status`: why it ended.
@@ -40,6 +40,7 @@ class Solution(eqx.Module):
     converged: Bool[Array, "*batch"]
     status: Status
     aux: PyTree = None
+    multipliers: PyTree = None
 
     def __repr__(self):
         return (
@@ -205,7 +206,7 @@ def solve(
     inner, x, y0 = prepare_inner("solve", inner, x, y0)
     dtype = ravel(y0)[0].dtype
     rtol = (1e-10 if jnp.finfo(dtype).bits >= 64 else 1e-5) if rtol is None else rtol
-    check_tolerance("solve", rtol, atol)
+    check_tolerance("solve", rtol, atol, max_steps)
     adjoint = ImplicitAdjoint() if adjoint is None else adjoint
     if not isinstance(adjoint, AbstractAdjoint):
         raise TypeError(
@@ -230,17 +231,19 @@ def _solve(inner, x, y0, solver, adjoint, rtol, atol, max_steps, throw) -> Solut
         )  # fmt: skip
         found = out.found
         _, unravel = ravel(y0)
-        status = outcome(found.status, out.reached, found.error <= 10 * found.floor)
+        status = outcome(found.status, out.reached, found.error <= 10 * found.floor, out.steps >= max_steps)
         here = usable(status) & jnp.all(jnp.isfinite(found.flat))
         y = jax.tree.map(lambda a: jnp.where(here, a, jnp.nan), unravel(found.flat))
         return y, (found.residual, out.steps, out.reached, status)
 
     y, (residual, steps, reached, status) = adjoint.differentiable(inner, x, y0, work, throw=throw)
-    return Solution(y, residual, steps, reached, status, inner.aux_at(x, y))
+    return Solution(y, residual, steps, reached, status, inner.aux_at(x, y), inner.multipliers_at(x, y))
 
 
-def outcome(status: Status, reached, at_floor) -> Status:
+def outcome(status: Status, reached, at_floor, exhausted=None) -> Status:
     """The final word: what makes a result unusable first, then whether the target was met, then why not."""
     why = Status.where(at_floor, Status("round_off"), Status("max_steps"))
+    if exhausted is not None:  # the solver had steps left: then what stopped the correction is the reason
+        why = Status.where((status.code == 0) | exhausted | at_floor, why, status)
     final = Status.where(reached, Status("converged"), why)
     return Status.where(usable(status), final, status)

@@ -15,7 +15,8 @@ from .. import _trees as trees
 from ..correct import AbstractCorrection
 from ..errors import Status
 
-UNUSABLE = ("singular", "not_a_minimum", "non_finite", "unbounded", "gauge_dependent", "degenerate_active_set")
+UNUSABLE = ("singular", "not_a_minimum", "non_finite", "unbounded", "gauge_dependent", "not_a_gauge",
+            "degenerate_active_set")  # fmt: skip
 
 
 class Target(NamedTuple):
@@ -28,10 +29,9 @@ class Target(NamedTuple):
 
     def allows(self, gradient: PyTree, error: jax.Array) -> jax.Array:
         size = trees.norm(gradient)
-        nothing = size == 0  # no dependence at all: exactly zero, and exactly right
-        return (3 * error <= jnp.maximum(self.rtol.astype(size.dtype) * size, self.atol.astype(size.dtype))) | (
-            nothing & (error == 0)
-        )
+        bound = jnp.maximum(self.rtol.astype(size.dtype) * size, self.atol.astype(size.dtype)).astype(error.dtype)
+        nothing = (size == 0) & (error == 0)  # no dependence at all: exactly zero, and exactly right
+        return (3 * error <= bound) | nothing
 
 
 class Estimate(NamedTuple):

@@ -14,13 +14,17 @@ from ..problem import as_node
 from ._base import Estimate
 
 
-def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None) -> Estimate:
+def evaluate(
+    problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, named=None, rough=0.03
+) -> Estimate:
     """Omega at this very point, and the estimate of its error to first order in the step still to go.
 
     Two sweeps of approximate solves, each with the adjoint's right-hand side and one of the error estimate's side by
     side (one pass over the data serves both), and in between the adjoint's residual with the products of this point:
     v = v_0 + A^-T rho_0, and the error vector g_x - F_x' A^-T g_y, to which what remains of rho is added in norm.
-    `at`: `(F, system)` of this point, where the caller has them.
+    `at`: `(F, system)` of this point, where the caller has them. `named`: `(solver, state)` of a linear solver whose
+    limits are the user's: it alone gives v, as it is; `solver` serves the estimate. `rough`: accuracy of the solves
+    that only the estimate needs.
     """
     inner = problem.inner
     eps = float(jnp.finfo(flat.dtype).eps)
@@ -35,27 +39,39 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None) 
     if system.gauge is not None:
         along, size = jnp.linalg.norm(system.gauge(g_y)), jnp.linalg.norm(g_y)
         slides = along > jnp.sqrt(eps) * size
-        status = Status.where(slides, Status("gauge_dependent"), status)
+        status = status.then(Status.where(slides, Status("gauge_dependent"), Status()))
     g_y = system.off_gauge(g_y)
 
-    sweep = jnp.clip(jnp.sqrt(rtol), 1e-8, 0.03).astype(flat.dtype)
-    rest = g_y if guess is None else g_y - system.rmv(guess)
-    first, forward = both(solver, state, system, rest, sweep, system.off_gauge(residual))
-    step = system.off_gauge(forward.value)
-    v = first.value if guess is None else guess + first.value
-    if system.symmetric:  # side by side: one pass over the data
-        product, ahead = jax.vmap(system.mv)(jnp.stack([v, step]))
-    else:
-        product, ahead = system.rmv(v), system.mv(step)
-    asked, rest = rest, g_y - product
-    quality = jnp.maximum(_ratio(rest, asked), _ratio(system.off_gauge(residual) - ahead, residual))
     low = isinstance(solver, MixedPrecision)  # one digit will do: where float32 pays, this is the place for it
-    tangent = _lagrangian_tangent(problem, x, unravel(flat), v, step, low)
-    second, turn = both(solver, state, system, rest, sweep, system.off_gauge(tangent[1]))
-    adjoint = refine(
-        lambda r: solver.approximate(state, system, r, rtol=sweep, transpose=True).value, system, g_y,
-        transpose=True, rtol=rtol, guess=v + second.value, condition=second.condition, status=first.status,
-    )  # fmt: skip
+    turned = lambda v, step: _lagrangian_tangent(problem, x, unravel(flat), v, step, low)
+    if named is None:
+        sweep = jnp.clip(jnp.sqrt(rtol), 1e-8, 0.03).astype(flat.dtype)
+        rest = g_y if guess is None else g_y - system.rmv(guess)
+        first, forward = both(solver, state, system, rest, sweep, system.off_gauge(residual), rough)
+        step = system.off_gauge(forward.value)
+        v = first.value if guess is None else guess + first.value
+        if system.symmetric:  # side by side: one pass over the data
+            product, ahead = jax.vmap(system.mv)(jnp.stack([v, step]))
+        else:
+            product, ahead = system.rmv(v), system.mv(step)
+        asked, rest = rest, g_y - product
+        quality = jnp.maximum(_ratio(rest, asked), _ratio(system.off_gauge(residual) - ahead, residual))
+        tangent = turned(v, step)
+        second, turn = both(solver, state, system, rest, sweep, system.off_gauge(tangent[1]), rough)
+        adjoint = refine(
+            lambda r: solver.approximate(state, system, r, rtol=sweep, transpose=True).value, system, g_y,
+            transpose=True, rtol=rtol, guess=v + second.value, condition=second.condition, status=first.status,
+        )  # fmt: skip
+        extra = second.value
+    else:
+        adjoint = named[0].solve(named[1], system, g_y, transpose=True, rtol=rtol, guess=guess)
+        step = solver.approximate(state, system, system.off_gauge(residual), rtol=rough)
+        first = second = forward = step
+        step, quality, rest = system.off_gauge(step.value), jnp.zeros((), flat.dtype), adjoint.residual
+        tangent = turned(system.off_gauge(adjoint.value), step)
+        back = system.off_gauge(tangent[1] - adjoint.residual)  # here the residual enters the error vector exactly
+        turn = solver.approximate(state, system, back, rtol=rough, transpose=True)
+        extra = jnp.zeros_like(flat)
     v = system.off_gauge(adjoint.value)
     coupling = pull_x(v)[0]
     gradient = trees.subtract(g_x, coupling)
@@ -63,10 +79,10 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None) 
     vector = trees.subtract(tangent[0], pull_x(system.off_gauge(turn.value))[0])
     # J'rho of the adjoint's last residual, from its effect in the second sweep and by how much it shrank since
     shrunk = _ratio(adjoint.residual, rest)
-    left = trees.norm(pull_x(system.off_gauge(second.value))[0]).astype(flat.dtype) * shrunk
+    left = trees.norm(pull_x(system.off_gauge(extra))[0]).astype(flat.dtype) * shrunk
     condition = jnp.maximum(adjoint.condition, forward.condition)
     scale = trees.norm(g_x) + trees.norm(coupling)
-    floor = eps * jnp.where(jnp.isfinite(condition), condition, 1).astype(scale.dtype) * scale
+    floor = coarsest(x, unravel(flat)) * jnp.where(jnp.isfinite(condition), condition, 1).astype(scale.dtype) * scale
     finite = jnp.isfinite(value) & trees.all_finite(gradient) & jnp.all(jnp.isfinite(residual))
     finite = Status.where(finite, Status("converged"), Status("non_finite"))
     status = status.then(adjoint.status).then(forward.status).then(finite)
@@ -90,6 +106,11 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None) 
         evaluations=jnp.ones((), jnp.int32),
         products=(adjoint.products + first.products + second.products + 1).astype(jnp.int32),
     )
+
+
+def coarsest(*arguments) -> float:
+    """The machine precision of the coarsest floating dtype among the leaves: round-off of the whole computation."""
+    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(arguments))
 
 
 def _ratio(a, b):

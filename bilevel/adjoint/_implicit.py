@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -98,35 +99,53 @@ def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess) -> Estimat
         rtol = jnp.asarray(max(1e-10, 50 * eps), flat.dtype)
     else:  # order two needs an adjoint residual of the order of the squared inner error
         relative = moved.moved / jnp.maximum(jnp.linalg.norm(flat), jnp.finfo(flat.dtype).tiny)
-        rtol = jnp.clip(0.01 * relative**2, 50 * eps, max(1e-6, 50 * eps)).astype(flat.dtype)
+        rtol = jnp.clip(1e-3 * relative**2, 50 * eps, max(1e-6, 50 * eps)).astype(flat.dtype)
+    named = None
+    helper, prepared = solver, moved.state
+    if solver.limited:  # the estimate of what its limits do needs a solver without them
+        named, helper = (solver, moved.state), choose(None, inner, x, y)
+        prepared = helper.prepare(moved.at[1])
     here, at, extra, last = moved.flat, moved.at, jnp.zeros((), jnp.int32), moved.moved
     if improving and solver.keeps:
         here, extra, last = _descend(inner, x, unravel, solver, moved, target)
         at = None
-    found = evaluate(problem, x, here, unravel, solver, moved.state, guess=guess, rtol=rtol, at=at)
-    trusted = moved.settled | ~moved.used
-    if newton:
-        trusted = trusted | _contracts(found, last, solver)
-    else:
-        after = ravel_like(inner.optimality(x, unravel(found.flat - found.step)), flat.dtype)
-        trusted = _tiny(found) | (jnp.linalg.norm(after) <= _CONTRACTION * found.inner_residual)
-    untrusted = Status.where(trusted, Status(), Status("estimate_untrusted"))
-    status = found.status.then(moved.status).then(untrusted)
-    # another piece of a nonsmooth F: what was prepared at y says nothing here, not even why a solve stopped short
-    crossed = ~inner.smooth_between(x, y, unravel(found.flat)) & usable(status) & ~moved.settled
-    status = Status.where(crossed & moved.used, Status("estimate_untrusted"), status)
-    found = found._replace(status=status, evaluations=found.evaluations + extra)
+    judge = lambda found: _judge(found, moved, last, newton, helper, inner, x, unravel)
     if improving:
-        found = _chords(problem, x, unravel, solver, moved.state, found, target, rtol)
+        evaluated = functools.partial(evaluate, problem, x, unravel=unravel, solver=helper, state=prepared, named=named)
+        found = _improve(evaluated, here, helper, guess, judge, target, rtol)
+    else:
+        rough = 1e-3 if target is None else 0.03
+        found = evaluate(
+            problem, x, here, unravel, helper, prepared, guess=guess, rtol=rtol, at=at, named=named, rough=rough
+        )
+        found = found._replace(status=judge(found))
+    found = found._replace(evaluations=found.evaluations + extra)
     inexact = (found.status.code == Status("correction_rejected").code) | (
         found.status.code == Status("estimate_untrusted").code
     )
+    # a refused correction may have been evaluated at the refused point: what is reported is y
     return found._replace(
+        inner_residual=jnp.where(moved.used, found.inner_residual, moved.before),
         error=jnp.where(inexact, jnp.inf, found.error),
         evaluations=found.evaluations + moved.evaluations,
         products=found.products + moved.products,
         contracted=moved.used & (moved.after <= 0.9 * moved.before),
     )
+
+
+def _judge(found: Estimate, moved, last, newton: bool, solver, inner, x, unravel) -> Status:
+    """The status of a first evaluation: its own trouble, the correction's, or that its error is not to be trusted."""
+    trusted = moved.settled | ~moved.used
+    if newton:
+        trusted = trusted | _contracts(found, last, solver)
+    else:
+        after = ravel_like(inner.optimality(x, unravel(found.flat - found.step)), found.flat.dtype)
+        trusted = _tiny(found) | (jnp.linalg.norm(after) <= _CONTRACTION * found.inner_residual)
+    untrusted = Status.where(trusted, Status(), Status("estimate_untrusted"))
+    status = found.status.then(moved.status).then(untrusted)
+    # another piece of a nonsmooth F: what was prepared at y says nothing here, not even why a solve stopped short
+    crossed = ~inner.smooth_between(x, unravel(moved.start), unravel(found.flat)) & usable(status) & ~moved.settled
+    return Status.where(crossed & moved.used, Status("estimate_untrusted"), status)
 
 
 def _contracts(found: Estimate, last: jax.Array, solver) -> jax.Array:
@@ -173,23 +192,36 @@ def _descend(inner, x, unravel, solver, moved, target: Target):
     return point, count, taken
 
 
-def _chords(problem, x, unravel, solver, state, found: Estimate, target: Target, rtol) -> Estimate:
-    """Takes the step that the error estimate has computed anyway, with the factorization there is, while it helps."""
+def _improve(evaluated: Callable, here, solver, guess, judge, target: Target, rtol) -> Estimate:
+    """Evaluates, and then takes the step that the error estimate has computed anyway, with the factorization there is,
+    while that helps. One loop, so that the evaluation is compiled once."""
+    start = jnp.zeros_like(here) if guess is None else guess
+    shape = jax.eval_shape(lambda: evaluated(flat=here, guess=start, rtol=rtol))
+    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shape)
+    empty = empty._replace(flat=here, adjoint=start)
 
     def unfinished(carry):
         found, helps, count, _ = carry
-        return ~target.allows(found.gradient, found.error) & helps & (count < _CHORDS)
+        enough = target.allows(found.gradient, found.error)
+        return (count == 0) | (~enough & helps & (count < _CHORDS))
 
     def body(carry):
         found, _, count, rtol = carry
-        new = evaluate(problem, x, found.flat - found.step, unravel, solver, state, guess=found.adjoint, rtol=rtol)
+        first = count == 0
+        point = found.flat - found.step  # no step before the first evaluation
+        new = evaluated(flat=point, guess=found.adjoint, rtol=rtol)
         # where the step was round-off only the adjoint was in want
         lower = (new.inner_residual <= found.inner_residual) | _tiny(found)
         contracts = _contracts(new, jnp.linalg.norm(found.step), solver) | _tiny(found)
         helps = (new.error < 0.9 * found.error) & new.usable & lower & contracts
-        new = new._replace(products=found.products + new.products, evaluations=found.evaluations + new.evaluations)
-        return trees.where(helps, new, found), helps, count + 1, 0.1 * rtol
+        status = judge(new)
+        new = new._replace(
+            status=Status.where(first, status, new.status),
+            products=found.products + new.products,
+            evaluations=found.evaluations + new.evaluations,
+        )
+        helps = jnp.where(first, status.code == 0, helps)
+        return trees.where(first | helps, new, found), helps, count + 1, 0.1 * rtol
 
-    trusted = found.status.code == 0
-    found, *_ = lax.while_loop(unfinished, body, (found, trusted, jnp.asarray(0), 0.1 * rtol))
+    found, *_ = lax.while_loop(unfinished, body, (empty, jnp.asarray(True), jnp.asarray(0), rtol))
     return found

@@ -1,4 +1,4 @@
-"""Accelerated forward-backward steps for `Composite` problems."""
+"""Accelerated forward-backward steps for `Composite` and `Constrained` problems."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Fista(AbstractSolver):
             return ravel_like(jax.grad(inner.smooth, argnums=1)(x, unravel(point)), flat.dtype)
 
         def forward_backward(z, g, t):
-            return ravel_like(inner.prox(x, unravel(z - t * g), t), flat.dtype)
+            return ravel_like(inner.forward_backward(x, unravel(z), g, t), flat.dtype)
 
         def unfinished(carry):
             *_, size, step, stuck = carry

@@ -39,7 +39,9 @@ def operator_agrees(session: Session) -> None:
             if declared:
                 operator = inner.operator_at(x, y)
                 back = session.numbers(jax.vjp(optimality, y)[1](v)[0])
-                _same(session, "operator(x, y) times a vector", session.numbers(operator.mv(v)), ahead, where, tolerance)
+                _same(
+                    session, "operator(x, y) times a vector", session.numbers(operator.mv(v)), ahead, where, tolerance
+                )
                 transposed = session.numbers(operator.transpose().mv(v))
                 _same(session, "the transposed operator(x, y) times a vector", transposed, back, where, tolerance)
             part = inner.gauge_part(x, v)
@@ -166,8 +168,8 @@ def _jacobian_agrees(session: Session) -> None:
         if slope.kink:
             i = int(np.argmax(np.abs(slope.left - slope.right)))
             session.fail(
-                f"y* is not smooth in x: the one-sided slopes of {name_of(session.y, 'y', i)} along a random direction "
-                f"of x are {slope.left[i]:.8g} and {slope.right[i]:.8g} ({slope.tried}).",
+                f"y* is not smooth in x: the one-sided slopes of {name_of(session.y, 'y', i)} along a random "
+                f"direction of x are {slope.left[i]:.8g} and {slope.right[i]:.8g} ({slope.tried}).",
                 ["the objective is not smooth here: y* sits on a kink, or jumps to another minimiser"],
             )
         gap = np.where(np.isfinite(gap), gap, np.inf) if np.isfinite(slope.error) else np.zeros_like(gap)
@@ -179,8 +181,8 @@ def _jacobian_agrees(session: Session) -> None:
                 causes = ["the Jacobian of solve is zero: a stop_gradient, or a solve that does not depend on x"]
             session.fail(
                 f"the Jacobian of bilevel.solve differs from differences of re-solves: d{name_of(session.y, 'y', i)} "
-                f"along a random direction of x is {forward[i]:.10g}, differences give {slope.value[i]:.10g} (error of "
-                f"the differences {slope.error:.1e}, {slope.tried}).",
+                f"along a random direction of x is {forward[i]:.10g}, differences give {slope.value[i]:.10g} (error "
+                f"of the differences {slope.error:.1e}, {slope.tried}).",
                 causes,
             )
 
@@ -219,7 +221,7 @@ def _batches_agree(session: Session) -> None:
     gradients, values, turned, slopes = (np.asarray(a, np.float64) for a in jax.jit(jax.vmap(along))(points, ways))
     tolerance = 1e-2 if session.single else 1e-6
     for k in (0, 2):
-        plain = session.hypergradient(session.unravel_x(points[k]), start, rtol=rtol, throw=False, stay_here=True)
+        plain = session.hypergradient(session.unravel_x(points[k]), start, rtol=rtol, throw=False)
         want = session.numbers(plain.gradient)
         scale = float(np.linalg.norm(want)) + session.atol + 3 * float(np.nan_to_num(plain.error, posinf=0.0))
         gap = np.abs(gradients[k] - want)
@@ -249,7 +251,7 @@ def _batches_agree(session: Session) -> None:
 
     def plain_gradient(t):
         x = session.move_x(w1, t)
-        found = session.hypergradient(x, start, rtol=rtol, throw=False, stay_here=True)
+        found = session.hypergradient(x, start, rtol=rtol, throw=False)
         return session.numbers(found.gradient) if bool(found.converged) or session.single else np.full(m, np.nan)
 
     slope = difference(plain_gradient, target=1e-6 * scale, scale=session.x_scale(w1), eps=max(session.eps, 1e-13))

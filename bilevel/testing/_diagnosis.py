@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +45,8 @@ def explain_signatures(session: Session) -> str | None:
         if len(names) == 2 and names[0] in _INNER_NAMES and names[1] in _OUTER_NAMES:
             return (
                 f"swapped arguments: {name} is written as a function of ({names[0]}, {names[1]}), but it is called as "
-                f"(x, y): the outer variable first, the inner one second. Swap them (or rename them, if that is meant)."
+                f"(x, y): the outer variable first, the inner one second. Swap them (or rename them if "
+                "that is meant)."
             )
     return None
 
@@ -222,7 +222,8 @@ def kink(session: Session, y) -> str | None:
                 value = float(flat[i])
                 return (
                     f"F jumps by {sizes[last]:.4g} as {where} passes {value:.4g} (its change over a step of "
-                    f"{2 * jumps[last][1]:.1e} is {sizes[last]:.4g}, over {2 * jumps[first][1]:.1e} {sizes[first]:.4g}): "
+                    f"{2 * jumps[last][1]:.1e} is {sizes[last]:.4g}, over {2 * jumps[first][1]:.1e} "
+                    f"{sizes[first]:.4g}): "
                     f"the inner objective is not smooth here, it has a kink in {where}"
                 )
     return None
@@ -238,7 +239,7 @@ def explain_refusal(session: Session, error) -> tuple[str, list[str]]:
     causes: list[str] = []
     text = f"the engine refused: {error}"
     if str(getattr(error.result, "status", "")) == "round_off" and session.single:
-        causes.append("float32: the accuracy asked for is out of its reach (jax.config.update('jax_enable_x64', True))")
+        causes.append("float32: the accuracy asked for is out of its reach (see jax_enable_x64)")
     for y in tried:
         found = kink(session, y)
         if found:
@@ -355,12 +356,12 @@ def why_gradient(session: Session, gradient: np.ndarray, measured: np.ndarray, y
     if session.single:
         causes.append("float32: differences and solves are noisy, use float64 (jax_enable_x64)")
     if not causes:
-        causes.append("the derivative rule of the engine, a hand-written derivative rule, or a second minimiser nearby")
+        causes.append("the engine's derivative rule, a hand-written derivative rule, or a second minimiser nearby")
     return causes
 
 
 def _touches(session: Session) -> bool:
-    weights = eqx.filter(session.y, eqx.is_array)
-    tangent = session.unravel_x(jnp.asarray(session.directions(max(session.flat_x.size, 1), 1)[0], session.flat_x.dtype))
-    moved = jax.jvp(lambda x: session.problem.inner.optimality(x, weights), (session.x,), (tangent,))[1]
+    y = session.y
+    tangent = session.unravel_x(jnp.asarray(session.directions(session.flat_x.size, 1)[0], session.flat_x.dtype))
+    moved = jax.jvp(lambda x: session.problem.inner.optimality(x, y), (session.x,), (tangent,))[1]
     return float(trees.norm(moved)) > 0

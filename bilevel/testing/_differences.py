@@ -78,6 +78,6 @@ def _is_kink(gaps: list[tuple[float, float, float]]) -> bool:
     if len(gaps) < 3:
         return False
     for (first, _, _), _, (last, size, noise) in zip(gaps[:-2], gaps[1:-1], gaps[2:], strict=True):
-        if last < 0.6 * first or first < 0.6 * last or last < _KINK * size or last < 100 * noise:
+        if last < 0.6 * first or first < 0.6 * last or last <= _KINK * size or last <= 100 * noise:
             return False
     return True

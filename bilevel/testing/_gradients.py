@@ -74,7 +74,8 @@ def hypergradient_agrees(session: Session, rtol: float = 1e-5, *, unique: bool =
         causes += why_gradient(session, pairs[:, 0], pairs[:, 1], found.y)
         session.fail(
             f"the hypergradient {_place(session, i)} is {mine:.10g}, differences of re-solves give "
-            f"{float(slope.value):.10g} (they differ by {abs(mine - float(slope.value)):.3g}, {allowed:.1e} is allowed; "
+            f"{float(slope.value):.10g} (they differ by {abs(mine - float(slope.value)):.3g}, {allowed:.1e} is "
+            f"allowed; "
             f"error of the differences {slope.error:.1e}, {slope.tried}; |hypergradient| = {size:.6g}).",
             causes,
         )

@@ -89,12 +89,12 @@ class Session:
 
     # ------------------------------------------------------------------------------------------------ the solution
 
-    def hypergradient(self, x=None, y0=None, *, rtol=None, throw=True, stay_here=False):
-        """The engine's hypergradient at x, by the solver under test or from a point close by."""
+    def hypergradient(self, x=None, y0=None, *, rtol=None, throw=True):
+        """The engine's hypergradient at x, by the solver under test."""
         x, y0 = self.x if x is None else x, self.y0 if y0 is None else y0
         return self.ask(
             "hypergradient", self.problem, x, y0, rtol=self.rtol if rtol is None else rtol, atol=self.atol,
-            solver=stay if stay_here else self.solver, throw=throw,
+            solver=self.solver, throw=throw,
         )  # fmt: skip
 
     @functools.cached_property
@@ -111,7 +111,11 @@ class Session:
 
     @functools.cached_property
     def y(self):
-        """y*(x) to round-off."""
+        """y*(x) to round-off, from the hypergradient's y where one was asked for, else from y0."""
+        if "found" not in self.__dict__:
+            y = self.resolve(self.x, self.y0)
+            if y is not None:
+                return y
         y = self.resolve(self.x, self.found.y)
         if y is None:
             self.fail(
