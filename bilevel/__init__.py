@@ -1,7 +1,9 @@
 """Bilevel optimization on JAX: problems inside problems, and hypergradients that carry their error."""
 
-from . import linear, solvers
+from . import linear, prox, solvers
 from .adjoint import ImplicitAdjoint, JacobianFreeAdjoint, NeumannAdjoint, OneStepAdjoint, UnrolledAdjoint
+from .composite import Composite
+from .constrained import Constrained, Multipliers
 from .correct import Jacobi, Newton, Preconditioner
 from .efficiency import EfficiencyConstant, efficiency_constant, hessian_vector_product
 from .errors import NotConverged, Status
@@ -23,7 +25,9 @@ __all__ = [
     "AbstractBilevelProblem",
     "AbstractInner",
     "BilevelProblem",
+    "Composite",
     "ConjugateGradient",
+    "Constrained",
     "Direct",
     "EfficiencyConstant",
     "Exp",
@@ -36,6 +40,7 @@ __all__ = [
     "JacobianFreeAdjoint",
     "Krylov",
     "Minimization",
+    "Multipliers",
     "Neumann",
     "NeumannAdjoint",
     "Newton",
@@ -56,6 +61,7 @@ __all__ = [
     "hypergradient",
     "linear",
     "minimize",
+    "prox",
     "reparametrize",
     "solve",
     "solvers",

@@ -61,7 +61,8 @@ def write(path: Path, mark: str, evaluations: list[Evaluation]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, format=np.array(_FORMAT), mark=np.array(mark), **stacked)
+            arrays: dict[str, Any] = {"format": np.array(_FORMAT), "mark": np.array(mark), **stacked}
+            np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -84,9 +85,7 @@ def read(path: Path, mark: str) -> list[Evaluation]:
             found = str(data["mark"])
             columns = [data[f"e_{name}"] for name in Evaluation._fields]
     except Exception as error:
-        raise ValueError(
-            f"{foreign} is no checkpoint of bilevel.minimize ({error}); it was left untouched."
-        ) from error
+        raise ValueError(f"{foreign} is no checkpoint of bilevel.minimize ({error}); it was left untouched.") from error
     if found != mark:
         raise ValueError(
             f"{foreign} belongs to another problem, start, bounds or method; it was left untouched. Pass another path, "

@@ -34,8 +34,9 @@ class Oracle:
     """Evaluates h and its gradient on flat NumPy vectors, remembers, records, and replays.
 
     The accuracy of each hypergradient is `rtol` where the user gives one; otherwise a share of the last projected
-    gradient (told by `wants`), and never more than a tenth of what the outer tolerance needs. y starts where the last one ended, and the first Newton step at
-    the new x is, to first order, the tangent step dy/dx Δx; the adjoint starts from the last one.
+    gradient (told by `wants`), and never more than a tenth of what the outer tolerance needs. y starts where the last
+    one ended, and the first Newton step at the new x is, to first order, the tangent step dy/dx Δx; the adjoint
+    starts from the last one.
     """
 
     def __init__(self, problem, x0: PyTree, y0: PyTree, *, rtol, tol, solver, adjoint, max_inner_steps, recorded=()):
@@ -102,9 +103,7 @@ class Oracle:
         guess = jnp.zeros_like(self.y) if self.guess is None else self.guess
         aim = max(rtol, 0.3 * atol / self.length) if self.length > 0 else rtol
         goals = tuple(jnp.asarray(goal, self.dtype) for goal in (rtol, atol, aim))
-        result, extras = _evaluate(
-            self.problem, tree, y, goals, self.solver, self.adjoint, self.max_inner_steps, guess
-        )
+        result, extras = _evaluate(self.problem, tree, y, goals, self.solver, self.adjoint, self.max_inner_steps, guess)
         word = result.status.word
         if word not in ("converged", "round_off"):
             message = explain("minimize", result, result.status, self.problem.inner, tree, y)

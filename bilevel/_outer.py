@@ -53,7 +53,9 @@ def lbfgsb(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation], boo
     return str(out.message)
 
 
-def newton_cg(oracle: Oracle, setting: Setting, on_step, product: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> str:
+def newton_cg(
+    oracle: Oracle, setting: Setting, on_step, product: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> str:
     """SciPy's truncated Newton method in a trust region, with products of the Hessian of h."""
     import scipy.optimize as so
 

@@ -6,10 +6,12 @@ linear system of these alone, so that it is exact to round-off and differentiabl
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jax.scipy.linalg as jsl
 from jax import lax
 
 _STEPS = 80
@@ -34,26 +36,32 @@ def polyhedron(jacobian: jax.Array, constant: jax.Array, equalities: int) -> Pol
 def active_rows(rows: Polyhedron, d: jax.Array) -> jax.Array:
     """Which rows hold with equality at the point nearest to d, shape (m,), by Mehrotra's predictor-corrector method on
     min |p - d|^2 / 2 (Nocedal and Wright 2006, algorithm 16.4); each step solves with an m x m matrix."""
-    first = rows.equalities
-    J, c, d = lax.stop_gradient((rows.jacobian, rows.constant, d))
+    if rows.constant.shape[0] == rows.equalities:
+        return jnp.ones(rows.constant.shape, bool)
+    return _active_rows(*lax.stop_gradient((rows.jacobian, rows.constant, d)), rows.equalities)
+
+
+@functools.partial(jax.jit, static_argnums=3)  # traced once for all the places that ask
+def _active_rows(J, c, d, first: int):
     m, dtype = c.shape[0], d.dtype
-    if m == first:
-        return jnp.ones((m,), bool)
     eps = float(jnp.finfo(dtype).eps)
     gram = J @ J.T
     outside = jnp.max(jnp.abs(jnp.where(jnp.arange(m) < first, c, jnp.maximum(c, 0))))
     scale = jnp.linalg.norm(d) + outside + 1e-6 * jnp.max(jnp.abs(c)) + jnp.finfo(dtype).tiny
     count = m - first
 
-    def newton(p, u, s, target):
+    def factor(u, s):
+        barrier = jnp.zeros((m,), dtype).at[first:].set(s / u[first:])
+        return jsl.cho_factor(gram + jnp.diag(barrier + 4 * eps))
+
+    def newton(factor, p, u, s, target):
         """The step from (p, u, s) to the central path's point with products `target`."""
         stationary = p - d + J.T @ u
         primal = c + J @ p
         lam = u[first:]
         right = primal - J @ stationary
         right = right.at[first:].add(s - (lam * s - target) / lam)
-        barrier = jnp.zeros((m,), dtype).at[first:].set(s / lam)
-        du = jnp.linalg.solve(gram + jnp.diag(barrier + 4 * eps), right)
+        du = jsl.cho_solve(factor, right)
         dp = -stationary - J.T @ du
         ds = -(lam * s - target + s * du[first:]) / lam
         return dp, du, ds
@@ -72,11 +80,12 @@ def active_rows(rows: Polyhedron, d: jax.Array) -> jax.Array:
         p, u, s, k = carry
         lam = u[first:]
         gap = jnp.vdot(lam, s) / count
-        _, du, ds = newton(p, u, s, jnp.zeros_like(s))
+        matrix = factor(u, s)
+        _, du, ds = newton(matrix, p, u, s, jnp.zeros_like(s))
         a, b = longest(lam, du[first:]), longest(s, ds)
         ahead = jnp.vdot(lam + a * du[first:], s + b * ds) / count
         sigma = (ahead / gap) ** 3
-        dp, du, ds = newton(p, u, s, sigma * gap - du[first:] * ds)
+        dp, du, ds = newton(matrix, p, u, s, sigma * gap - du[first:] * ds)
         a = 0.995 * jnp.minimum(longest(lam, du[first:]), longest(s, ds))
         return p + a * dp, u + a * du, s + a * ds, k + 1
 

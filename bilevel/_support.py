@@ -76,16 +76,15 @@ class SupportAware(AbstractLinearSolver):
         return system.size if self._dense(system) else 0
 
     def prepare(self, system):
-        if system.active is None:
+        active = system.active
+        if active is None:
             raise ValueError("bilevel: SupportAware() is for Composite problems only; use Krylov() or Direct().")
         if not self._dense(system):
             return None
         state = Direct().prepare(system)
         # LU does not see the sign of the curvature on the support
-        part = system.active(jnp.cos(jnp.arange(1, system.size + 1, dtype=system.dtype)))
-        probe = conjugate_gradient(
-            lambda w: system.mv(system.active(w)), part, rtol=1e-8, max_steps=min(_PROBES, system.size)
-        )
+        part = active(jnp.cos(jnp.arange(1, system.size + 1, dtype=system.dtype)))
+        probe = conjugate_gradient(lambda w: system.mv(active(w)), part, rtol=1e-8, max_steps=min(_PROBES, system.size))
         saddle = (probe.status == Status("not_a_minimum")) & (state.status == Status("converged"))
         return eqx.tree_at(lambda s: s.status, state, Status.where(saddle, probe.status, state.status))
 

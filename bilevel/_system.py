@@ -87,7 +87,17 @@ def linear_system(inner, x: PyTree, y: PyTree, *, lower: bool = False) -> tuple[
     part = inner.active_part(x, y)
     active = None if part is None else lambda w: ravel_like(part(unravel(w)), flat.dtype)
     system = LinearSystem(
-        mv, rmv, flat.size, flat.dtype, inner.symmetric, inner.definite, operator, unravel, gauge, defect, low,
+        mv,
+        rmv,
+        flat.size,
+        flat.dtype,
+        inner.symmetric,
+        inner.definite,
+        operator,
+        unravel,
+        gauge,
+        defect,
+        low,
         active,
     )
     return residual, system

@@ -16,6 +16,7 @@ from .problem import AbstractInner, _callable, _check_scalar, as_given
 
 __all__ = ["Composite"]
 
+
 class Composite(AbstractInner):
     """y*(x) minimizes `smooth(x, y)` + r(x, y), r convex and known by its proximal operator.
 

@@ -28,9 +28,9 @@ class Multipliers(NamedTuple):
 class Constrained(AbstractInner):
     """y*(x) minimizes `objective(x, y)` subject to `equality(x, y)` = 0 and `inequality(x, y)` <= 0.
 
-    y is primal everywhere. F(x, y) = -p with p the shortest-way step of sequential quadratic programming, the minimizer
-    of |p + t grad f|^2 / 2 on the constraints linearized at y, t = 1 / (size of the objective's Hessian). It is zero
-    where the KKT conditions hold; with the active set that p's multipliers show, dF/dy = I - P (I - t W), P the
+    y is primal everywhere. F(x, y) = -p with p the step of sequential quadratic programming with Hessian I / t: the
+    minimizer of |p + t grad f|^2 / 2 on the constraints linearized at y, t = 1 / (size of the Hessian of f). It is
+    zero where the KKT conditions hold; with the active set that p's multipliers show, dF/dy = I - P (I - t W), P the
     projection on the tangent of the active constraints and W the Hessian of the Lagrangian: nonsingular under
     independence of the active gradients and the second-order condition (Fiacco 1983; derived in docs/theory, section
     "Nonsmooth inner problems"). `Solution.multipliers` are p's at the solution.

@@ -72,9 +72,7 @@ class Preconditioner(AbstractCorrection):
 
     def __init__(self, solve: Callable, steps: int = 1):
         if not callable(solve):
-            raise TypeError(
-                f"bilevel.Preconditioner: `solve` must be a function (x, y, F) -> like y, found {solve!r}."
-            )
+            raise TypeError(f"bilevel.Preconditioner: `solve` must be a function (x, y, F) -> like y, found {solve!r}.")
         _check_steps(steps, "Preconditioner")
         self._solve = as_node(solve)
         self.steps = steps
@@ -147,9 +145,9 @@ def scaled_spectral_radius(
 
 
 class Corrected(NamedTuple):
-    """The moved point `flat`, the `start` it was moved from, the residuals before and after, the length of the (last) displacement, whether it is
-    `used`, whether y was `settled` (the displacement is round-off), the prepared `state` of the linear solver,
-    `(F, system)` there, a `status`, and the numbers of evaluations of F and of products with dF/dy."""
+    """The moved point `flat`, the `start` it was moved from, the residuals before and after, the length of the
+    displacement, whether it is `used`, whether y was `settled` (the displacement is round-off), the prepared
+    `state` of the linear solver, `(F, system)` there, a `status`, and the numbers of evaluations of F and of products with dF/dy."""
 
     flat: jax.Array
     start: jax.Array
@@ -183,8 +181,8 @@ def correct(
         one = jnp.asarray(1, jnp.int32)
         state = solver.prepare(system)
         return Corrected(
-            flat, flat, before, before, jnp.zeros_like(before), jnp.asarray(True), before == 0, state, (residual, system),
-            Status.where(jnp.isfinite(before), Status(), Status("non_finite")), one, prepared,
+            flat, flat, before, before, jnp.zeros_like(before), jnp.asarray(True), before == 0, state,
+            (residual, system), Status.where(jnp.isfinite(before), Status(), Status("non_finite")), one, prepared,
         )  # fmt: skip
 
     status = Status.where(jnp.isfinite(before), Status(), Status("non_finite"))
@@ -232,4 +230,6 @@ def correct(
         products = products + prepared
     after = jnp.where(used, after, before)
     evaluations = jnp.asarray(correction.steps + 1, jnp.int32)
-    return Corrected(kept, flat, before, after, moved, used, settled, state, (residual, system), status, evaluations, products)
+    return Corrected(
+        kept, flat, before, after, moved, used, settled, state, (residual, system), status, evaluations, products
+    )

@@ -106,7 +106,7 @@ def _operator_norm(function, point, steps: int = 100) -> jax.Array:
 
 
 def hessian_vector_product(problem: AbstractBilevelProblem, x: PyTree, y: PyTree, v: PyTree) -> PyTree:
-    """The Hessian of h(x) = G(x, y*(x)) times v, like x: at the Newton point of y, by two further solves and no nesting.
+    """The Hessian of h(x) = G(x, y*(x)) times v, like x: at the Newton point of y, by two more solves, no nesting.
 
     Error O(e^2) in the inner error of y. **Raises:** TypeError, ValueError for arguments that do not fit;
     `NotConverged` (a run-time NaN inside a transformation) where F_y cannot be solved with.

@@ -45,7 +45,8 @@ _MEANINGS = {
         "inner solution, or the inner problem is not smooth there"
     ),
     "linear_solve": (
-        "the linear solve with dF/dy stopped before its tolerance: give it more steps, a preconditioner, or use Direct()"
+        "the linear solve with dF/dy stopped before its tolerance: "
+        "give it more steps or a preconditioner, or use Direct()"
     ),
     "singular": (
         "dF/dy is numerically singular: the inner solution is not unique or not differentiable; add regularization, "
@@ -85,7 +86,7 @@ class Status(eqx.Module):
 
     words: ClassVar[tuple[str, ...]] = tuple(_MEANINGS)
 
-    def __init__(self, word_or_code="converged"):
+    def __init__(self, word_or_code: Any = "converged"):
         if isinstance(word_or_code, str):
             self.code = jnp.asarray(self.words.index(word_or_code), jnp.int32)
         else:

@@ -167,7 +167,7 @@ def _hypergradient(problem, x, y0, rtol, atol, solver, adjoint, max_steps):
 
 
 def search(problem, x, y0, rtol, atol, solver, adjoint, max_steps, newton_first, guess=None, aim=None):
-    """The traced body of `hypergradient`: `(Hypergradient, whether x enters the inner problem, (v, F))`, v and F flat."""
+    """The traced body of `hypergradient`: `(Hypergradient, whether x enters the inner problem, (v, F))`, both flat."""
 
     def work(x, y0):
         flat, unravel = ravel(y0)

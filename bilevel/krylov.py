@@ -115,15 +115,16 @@ def conjugate_gradient(
     status = Status.where(reached, Status("converged"), Status("linear_solve"))
     status = Status.where(vanishing, Status("singular"), status)
     # zero curvature is a null direction, not a descent direction
-    status = Status.where(negative, _curvature_status(mv, end), status)
+    status = Status.where(negative, _curvature_status(mv, end, largest), status)
     status = Status.where(jnp.isfinite(residual), status, Status("non_finite"))
     return ConjugateGradientResult(end.x, rest, end.step, status, condition)
 
 
-def _curvature_status(mv, end: _State) -> Status:
-    ap = mv(end.p)
-    size = jnp.linalg.norm(ap) * jnp.linalg.norm(end.p)
-    null = jnp.abs(jnp.vdot(end.p, ap)) <= jnp.finfo(ap.dtype).eps * end.p.shape[0] * size
+def _curvature_status(mv, end: _State, largest) -> Status:
+    """Zero curvature, up to round-off of the largest Ritz value, is a null direction; clearly negative a saddle."""
+    curvature = jnp.vdot(end.p, mv(end.p))
+    size = jnp.abs(largest) * jnp.vdot(end.p, end.p)
+    null = jnp.abs(curvature) <= 10 * jnp.finfo(curvature.dtype).eps * end.p.shape[0] * size
     return Status.where(null, Status("singular"), Status("not_a_minimum"))
 
 

@@ -53,7 +53,7 @@ class LinearSolution(NamedTuple):
     @property
     def usable(self) -> jax.Array:
         """The value can be used, its residual taken into account (converged, or merely stopped short)."""
-        return (self.status == Status("converged")) | (self.status == Status("linear_solve"))
+        return (self.status.code == 0) | (self.status.code == Status("linear_solve").code)
 
 
 class AbstractLinearSolver(eqx.Module):
@@ -71,7 +71,7 @@ class AbstractLinearSolver(eqx.Module):
     def solve(self, state, system, b, *, transpose=False, rtol=None, guess=None, forcing=None) -> LinearSolution:
         """Solves A v = b (or A' v = b), A of `system`, to |b - A v| <= rtol |b|; `forcing` as in `krylov.py`."""
 
-    def approximate(self, state, system, b, *, rtol=0.03, transpose=False) -> LinearSolution:
+    def approximate(self, state, system, b, *, rtol: Any = 0.03, transpose: bool = False) -> LinearSolution:
         """A solution to about `rtol` (a stale state as good as it is), its residual not tested: for error estimates,
         and for callers who look at the residual themselves."""
         return self.solve(state, system, b, transpose=transpose, rtol=rtol)
@@ -87,7 +87,9 @@ class AbstractLinearSolver(eqx.Module):
         return False
 
 
-def both(solver: AbstractLinearSolver, state, system: LinearSystem, b, rtol, c, rough=0.03) -> tuple[LinearSolution, LinearSolution]:
+def both(
+    solver: AbstractLinearSolver, state, system: LinearSystem, b, rtol, c, rough=0.03
+) -> tuple[LinearSolution, LinearSolution]:
     """Approximate solutions of A'v = b to `rtol` and of A w = c to `rough`."""
     rough = jnp.asarray(rough, b.dtype)
     if system.symmetric:
@@ -358,6 +360,7 @@ class MixedPrecision(AbstractLinearSolver):
     low: AbstractLinearSolver
 
     def prepare(self, system):
+        assert system.lower is not None
         lower = system.lower()
         state = self.low.prepare(lower)
         if not isinstance(self.low, Direct):

@@ -101,10 +101,10 @@ def minimize(
 ) -> Result:
     """Minimizes h(x) = G(x, y*(x)), plus a proximable penalty where there is one.
 
-    **Arguments:** `problem`; `x0`, `y0`: trees of floating arrays. `method`: "l-bfgs-b" (SciPy's), "newton-cg" (truncated
-    Newton in a trust region, with `hessian_vector_product`; no bounds) or an optax optimizer; with a prox it is proximal gradient. `bounds`: (lower, upper), each like x or a number. `prox`: `prox(x,
-    t)` of t times a penalty, like x (default: the problem's own). `tol`: converged means that the largest entry of the
-    projected gradient is at most tol · max(1, the first one's). `max_steps`: outer steps. `rtol`: accuracy of each
+    **Arguments:** `problem`; `x0`, `y0`: trees of floating arrays. `method`: "l-bfgs-b" (SciPy's), "newton-cg"
+    (truncated Newton in a trust region, with `hessian_vector_product`; no bounds) or an optax optimizer; with a prox
+    it is proximal gradient. `bounds`: (lower, upper), each like x or a number. `prox`: `prox(x, t)` of t times
+    a penalty, like x (default: the problem's own). `tol`: converged means that the largest entry of the projected gradient is at most tol · max(1, the first one's). `max_steps`: outer steps. `rtol`: accuracy of each
     hypergradient; None: what the outer step needs. `callback(state)`: called after each step. `progress`: a bar with
     value, gradient norm, hypergradient error and time left. `checkpoint`: a file; the same call made again goes on
     from there. `solver`, `adjoint`, `max_inner_steps`: as for `hypergradient`.
@@ -243,9 +243,7 @@ def _check_method(method: Any, prox: Any) -> Any:
             raise ValueError("bilevel.minimize: method 'proximal-gradient' needs a prox.")
         return "proximal-gradient" if prox is not None else word
     if not (callable(getattr(method, "init", None)) and callable(getattr(method, "update", None))):
-        raise TypeError(
-            f"bilevel.minimize: method must be a word of {_WORDS} or an optax optimizer, found {method!r}."
-        )
+        raise TypeError(f"bilevel.minimize: method must be a word of {_WORDS} or an optax optimizer, found {method!r}.")
     if prox is not None:
         raise ValueError(
             "bilevel.minimize: an optax optimizer does not know its step size, which a prox needs; leave method alone."

@@ -28,7 +28,8 @@ ROUNDS = 16
 
 
 class Solution(eqx.Module):
-    """What `solve` found. `y`, `aux` and `multipliers` (of a `Constrained` problem) are differentiable; the rest reports on the computation.
+    """What `solve` found. `y`, `aux` and `multipliers` (of a `Constrained` problem) are
+    differentiable; the rest reports on the computation.
 
     `residual`: |F(x, y)|_2; `steps`: of the inner solver; `converged`: the accuracy asked for was reached;
     `status`: why it ended.

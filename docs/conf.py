@@ -54,11 +54,7 @@ API_PAGES = "api"  # api.rst, or anything in api/
 
 def _check_api_pages(app, env):
     """Fail the build if a public name is missing from the API pages."""
-    entries = {
-        name
-        for name, entry in env.get_domain("py").objects.items()
-        if entry.docname.split("/")[0] == API_PAGES
-    }
+    entries = {name for name, entry in env.get_domain("py").objects.items() if entry.docname.split("/")[0] == API_PAGES}
     missing = [
         f"{module}.{name}"
         for module in DOCUMENTED_MODULES

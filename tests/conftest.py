@@ -12,6 +12,9 @@ from hypothesis import HealthCheck, settings
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+# Compiling is most of what the suite does, and nothing here is timed. Read when the first computation starts.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
 # Figures are drawn to files; no test needs a display.
 os.environ.setdefault("MPLBACKEND", "Agg")
 

@@ -11,7 +11,6 @@ and with l(x, y) = G - v'F (v frozen) the derivative of Omega in y along p is g_
 
 from __future__ import annotations
 
-
 from ._base import AbstractAdjoint, Estimate, Target, usable
 from ._implicit import ImplicitAdjoint
 from ._others import JacobianFreeAdjoint, NeumannAdjoint, OneStepAdjoint, UnrolledAdjoint
@@ -19,6 +18,19 @@ from ._rule import differentiable_estimate, implicit, solve_linear
 from ._second import hessian_product, moved_point, parts_at
 
 __all__ = [
-    "AbstractAdjoint", "Estimate", "ImplicitAdjoint", "JacobianFreeAdjoint", "NeumannAdjoint", "OneStepAdjoint", "Target",
-    "UnrolledAdjoint", "differentiable_estimate", "hessian_product", "implicit", "moved_point", "parts_at", "solve_linear", "usable",
-]  # fmt: skip
+    "AbstractAdjoint",
+    "Estimate",
+    "ImplicitAdjoint",
+    "JacobianFreeAdjoint",
+    "NeumannAdjoint",
+    "OneStepAdjoint",
+    "Target",
+    "UnrolledAdjoint",
+    "differentiable_estimate",
+    "hessian_product",
+    "implicit",
+    "moved_point",
+    "parts_at",
+    "solve_linear",
+    "usable",
+]

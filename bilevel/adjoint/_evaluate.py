@@ -14,9 +14,7 @@ from ..problem import as_node
 from ._base import Estimate
 
 
-def evaluate(
-    problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, named=None, rough=0.03
-) -> Estimate:
+def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, named=None, rough=0.03) -> Estimate:
     """Omega at this very point, and the estimate of its error to first order in the step still to go.
 
     Two sweeps of approximate solves, each with the adjoint's right-hand side and one of the error estimate's side by

@@ -92,6 +92,7 @@ def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess) -> Estimat
     correction = adjoint.correction
     newton = correction is not None and correction.uses_newton
     improving = newton and target is not None
+    goal: Any = target
     moved = correct(correction, solver, inner, x, flat, unravel, guard=adjoint.guard, loose=target is not None)
     if target is not None:
         rtol = jnp.clip(0.1 * target.aim, 10 * eps, 1e-3).astype(flat.dtype)
@@ -107,12 +108,12 @@ def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess) -> Estimat
         prepared = helper.prepare(moved.at[1])
     here, at, extra, last = moved.flat, moved.at, jnp.zeros((), jnp.int32), moved.moved
     if improving and solver.keeps:
-        here, extra, last = _descend(inner, x, unravel, solver, moved, target)
+        here, extra, last = _descend(inner, x, unravel, solver, moved, goal)
         at = None
     judge = lambda found: _judge(found, moved, last, newton, helper, inner, x, unravel)
     if improving:
         evaluated = functools.partial(evaluate, problem, x, unravel=unravel, solver=helper, state=prepared, named=named)
-        found = _improve(evaluated, here, helper, guess, judge, target, rtol)
+        found = _improve(evaluated, here, helper, guess, judge, goal, rtol)
     else:
         rough = 1e-3 if target is None else 0.03
         found = evaluate(

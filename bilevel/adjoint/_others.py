@@ -101,7 +101,7 @@ class OneStepAdjoint(_StepRule):
 
 
 class JacobianFreeAdjoint(_StepRule):
-    """Takes S_y for zero, J = S_x(x, y), with the outer gradients at y itself. Order 0 (Luketina 2016, Wu Fung 2022)."""
+    """Takes S_y for zero, J = S_x(x, y), outer gradients at y itself. Order 0 (Luketina 2016, Wu Fung 2022)."""
 
     def moved(self, inner, x, y):
         step = own_step(inner, x, y, step_size(inner, x, y))

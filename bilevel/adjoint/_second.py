@@ -90,7 +90,7 @@ def parts_at(problem, x, y, linear_solver=None):
 
 
 def moved_point(adjoint, inner, x, flat, unravel):
-    """The point an implicit rule moves `flat` to, differentiable in it (P's own derivative multiplies F, zero at y*)."""
+    """Where an implicit rule moves `flat` to, differentiable in it (P's derivative multiplies F, zero at y*)."""
     correction = adjoint.correction_used
     if correction is None:
         return flat

@@ -2,9 +2,10 @@
 
 from ._base import AbstractSolver, Found, resolve
 from .closed_form import ClosedForm
+from .fista import Fista
 from .host import Host
 from .jaxopt import Jaxopt
 from .optimistix import Optimistix
 from .scipy import Scipy
 
-__all__ = ["AbstractSolver", "ClosedForm", "Found", "Host", "Jaxopt", "Optimistix", "Scipy", "resolve"]
+__all__ = ["AbstractSolver", "ClosedForm", "Fista", "Found", "Host", "Jaxopt", "Optimistix", "Scipy", "resolve"]

@@ -108,7 +108,9 @@ def faulty_derivative(session: Session, y) -> Fault | None:
             fault = _compare(session, "the inner objective", inner.objective_at, at, where, 1)
             if fault:
                 return fault
-    for where, at in places:
+    # other kinds hold constants (a step length, a local map) that F does not depend on at y* only
+    plain = isinstance(inner, bilevel.Minimization | bilevel.Root | bilevel.FixedPoint)
+    for where, at in places if plain else places[:1]:
         for name, function in (("the optimality F of the inner problem", optimality), ("the outer function", outer)):
             for argument in (0, 1):
                 fault = _compare(session, name, function, at, where, argument)
@@ -248,11 +250,12 @@ def explain_refusal(session: Session, error) -> tuple[str, list[str]]:
         fault = faulty_derivative(session, y)
         if fault:
             return f"{text} Moreover {fault.text}", [fault.cause]
-    swapped = _works_swapped(session)
-    if swapped:
-        causes.append(swapped)
     if session.solver is not None:
         causes.append(_judge_solver(session))
+    else:
+        swapped = _works_swapped(session)
+        if swapped:
+            causes.append(swapped)
     if not causes:
         causes.append("inner solver not converged: see the engine's words above")
     return text, causes
@@ -297,21 +300,19 @@ def two_minimisers(session: Session) -> str | None:
     dtype = session.flat_y0.dtype
     for start in starts:
         begin = session.unravel_y(jnp.asarray(start, dtype))
-        with_solver = bilevel.hypergradient(
-            session.problem, session.x, begin, rtol=session.rtol, atol=session.atol, solver=session.solver, throw=False
-        )
+        with_solver = session.hypergradient(y0=begin, throw=False)
         if not bool(with_solver.converged):
             continue
-        other = bilevel.solve(
-            inner, session.x, with_solver.y, rtol=2e-6 if session.single else 1e-13, solver=_stay(), throw=False
-        ).y
+        other = session.resolve(session.x, with_solver.y)
+        if other is None:
+            continue
         gap = jnp.asarray(session.numbers(other) - y, dtype)
         along = inner.gauge_part(session.x, session.unravel_y(gap))
         moved = session.numbers(session.unravel_y(gap)) - (0 if along is None else session.numbers(along))
         if not np.all(np.isfinite(moved)) or np.max(np.abs(moved)) < 1e-3 * size:
             continue
         i = int(np.argmax(np.abs(moved)))
-        here, there = (float(inner.objective_at(session.x, v)) for v in (session.y, other))
+        here, there = (float(inner.objective_at(session.x, v)) for v in (session.y, other))  # pyright: ignore[reportArgumentType]
         return (
             f"the inner problem has two minimisers: {name_of(session.y, 'y', i)} is {y[i]:.6g} at one and "
             f"{session.numbers(other)[i]:.6g} at the other (inner objective {here:.6g} and {there:.6g}), depending on "
@@ -319,12 +320,6 @@ def two_minimisers(session: Session) -> str | None:
             f"pass unique=False if a local minimum is meant"
         )
     return None
-
-
-def _stay():
-    from ._session import stay
-
-    return stay
 
 
 # ------------------------------------------------------------------------------------------------ hypergradients

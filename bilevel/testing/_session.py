@@ -112,18 +112,30 @@ class Session:
     @functools.cached_property
     def y(self):
         """y*(x) to round-off, from the hypergradient's y where one was asked for, else from y0."""
-        if "found" not in self.__dict__:
-            y = self.resolve(self.x, self.y0)
-            if y is not None:
-                return y
-        y = self.resolve(self.x, self.found.y)
+        y = self.resolve(self.x, self.found.y if "found" in self.__dict__ else self.y0)
+        if y is None and "found" not in self.__dict__:
+            y = self.resolve(self.x, self.found.y)
         if y is None:
             self.fail(
                 f"bilevel.solve does not converge from the point that bilevel.hypergradient returned as solved "
                 f"(|F| = {float(self.found.inner_residual):.3g} there).",
                 ["inner solver not converged"],
             )
+        self._solves(y)
         return y
+
+    def _solves(self, y) -> None:
+        """Fails where F is as large at y as a hundredth of y beside it, whatever the engine says."""
+        flat = self.numbers(y)
+        away = 1e-2 * max(float(np.linalg.norm(flat)), 1e-2 * np.sqrt(flat.size))
+        beside = self._moved(y, self.directions(flat.size, 1)[0], away)
+        here, there = (float(trees.norm(self.problem.inner.optimality(self.x, v))) for v in (y, beside))
+        if here > (0.1 if self.single else 1e-3) * there:
+            self.fail(
+                f"bilevel.solve says that it converged, but |F(x, y)| = {here:.4g} there (a hundredth of |y| beside it "
+                f"{there:.4g}).",
+                ["inner solver not converged"],
+            )
 
     @functools.cached_property
     def flat_y(self) -> np.ndarray:
@@ -134,10 +146,10 @@ class Session:
         """A length on which y may be moved."""
         return max(float(np.sqrt(np.mean(self.flat_y**2))), 1e-2)
 
-    def resolve(self, x, start):
+    def resolve(self, x, start, solvers: tuple | None = None):
         """y*(x) to round-off, warm-started; None where it is not found."""
         rtol = 2e-6 if self.single else 1e-13
-        for solver in (stay, self.solver, None):
+        for solver in (stay, self.solver, None) if solvers is None else solvers:
             out = self.ask("solve", self.problem.inner, x, start, rtol=rtol, solver=solver, throw=False)
             if bool(out.converged) or out.status == "round_off":
                 return out.y

@@ -57,16 +57,16 @@ def _rounded(*arrays) -> list[jax.Array]:
     return [_array(a) for a in arrays]
 
 
-def _decimals(low: float, high: float) -> st.SearchStrategy[float]:
+def _decimals(low: float | int, high: float | int) -> st.SearchStrategy[float]:
     """Short decimals; 0 is the simplest where it is allowed."""
     return st.integers(round(10 * low), round(10 * high)).map(lambda k: k / 10)
 
 
-def _vectors(n: int, low: float = -2.0, high: float = 2.0) -> st.SearchStrategy[np.ndarray]:
+def _vectors(n: int, low: float | int = -2, high: float | int = 2) -> st.SearchStrategy[np.ndarray]:
     return st.lists(_decimals(low, high), min_size=n, max_size=n).map(np.asarray)
 
 
-def _matrices(n: int, m: int, low: float = -2.0, high: float = 2.0) -> st.SearchStrategy[np.ndarray]:
+def _matrices(n: int, m: int, low: float | int = -2, high: float | int = 2) -> st.SearchStrategy[np.ndarray]:
     return _vectors(n * m, low, high).map(lambda v: v.reshape(n, m))
 
 
@@ -76,7 +76,7 @@ _SIZES = st.integers(1, 3)
 # ------------------------------------------------------------------------------------------------ operators, trees
 
 
-def _spd(n: int, cond: float) -> st.SearchStrategy[np.ndarray]:
+def _spd(n: int, cond: float | int) -> st.SearchStrategy[np.ndarray]:
     """Eigenvalues from 1 down to 1 / cond, turned by a reflection."""
 
     def build(v):
@@ -89,7 +89,7 @@ def _spd(n: int, cond: float) -> st.SearchStrategy[np.ndarray]:
     return _vectors(n).map(build)
 
 
-def spd_operators(cond: float = 10.0, *, size: int | None = None) -> st.SearchStrategy[Any]:
+def spd_operators(cond: float | int = 10.0, *, size: int | None = None) -> st.SearchStrategy[Any]:
     """Symmetric positive definite lineax operators of condition number `cond`, largest eigenvalue 1, size 1 to 3 or
     `size`; shrinks to a diagonal one."""
     if not cond >= 1:
@@ -177,7 +177,7 @@ def _outer(draw, n: int):
 
 
 @st.composite
-def _quadratic_problems(draw, cond: float, size: int | None):
+def _quadratic_problems(draw, cond: float | int, size: int | None):
     n = draw(_SIZES) if size is None else size
     A, B, b, x = _rounded(draw(_spd(n, cond)), draw(_matrices(n, n, -1, 1)), draw(_vectors(n)), draw(_vectors(n)))
     C, c, d, rho = draw(_outer(n))
@@ -186,7 +186,7 @@ def _quadratic_problems(draw, cond: float, size: int | None):
     return Case(problem, x, jnp.zeros_like(b), _array(truth))
 
 
-def quadratic_problems(*, cond: float = 10.0, size: int | None = None) -> st.SearchStrategy[Case]:
+def quadratic_problems(*, cond: float | int = 10.0, size: int | None = None) -> st.SearchStrategy[Case]:
     """f = y'(A + diag e^x) y / 2 - (b + B x)'y with A of condition number `cond`, and an outer least-squares function
     coupled to x. The hypergradient is the closed form in fifty digits."""
     return _quadratic_problems(cond, size)

@@ -115,9 +115,7 @@ def _values(y: Any) -> set:
 
 def _listed(found: set) -> str:
     some = sorted(found, key=str)
-    return ", ".join(f"{v:g}" if isinstance(v, float) else repr(v) for v in some[:5]) + (
-        ", …" if len(some) > 5 else ""
-    )
+    return ", ".join(f"{v:g}" if isinstance(v, float) else repr(v) for v in some[:5]) + (", …" if len(some) > 5 else "")
 
 
 def _check_folds(signs: np.ndarray, train: Array) -> None:
