@@ -146,8 +146,9 @@ def scaled_spectral_radius(
 
 class Corrected(NamedTuple):
     """The moved point `flat`, the `start` it was moved from, the residuals before and after, the length of the
-    displacement, whether it is `used`, whether y was `settled` (the displacement is round-off), the prepared
-    `state` of the linear solver, `(F, system)` there, a `status`, and the numbers of evaluations of F and of products with dF/dy."""
+    displacement, whether it is `used`, whether y was `settled` (the displacement is round-off), the prepared `state`
+    of the linear solver, `(F, system)` there, a `status`, and the numbers of evaluations of F and of products with
+    dF/dy."""
 
     flat: jax.Array
     start: jax.Array

@@ -103,8 +103,9 @@ def minimize(
 
     **Arguments:** `problem`; `x0`, `y0`: trees of floating arrays. `method`: "l-bfgs-b" (SciPy's), "newton-cg"
     (truncated Newton in a trust region, with `hessian_vector_product`; no bounds) or an optax optimizer; with a prox
-    it is proximal gradient. `bounds`: (lower, upper), each like x or a number. `prox`: `prox(x, t)` of t times
-    a penalty, like x (default: the problem's own). `tol`: converged means that the largest entry of the projected gradient is at most tol · max(1, the first one's). `max_steps`: outer steps. `rtol`: accuracy of each
+    it is proximal gradient. `bounds`: (lower, upper), each like x or a number. `prox`: `prox(x, t)` of t times a
+    penalty, like x (default: the problem's own). `tol`: converged means that the largest entry of the projected
+    gradient is at most tol · max(1, the first one's). `max_steps`: outer steps. `rtol`: accuracy of each
     hypergradient; None: what the outer step needs. `callback(state)`: called after each step. `progress`: a bar with
     value, gradient norm, hypergradient error and time left. `checkpoint`: a file; the same call made again goes on
     from there. `solver`, `adjoint`, `max_inner_steps`: as for `hypergradient`.
