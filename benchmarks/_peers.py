@@ -1,4 +1,8 @@
-"""Hypergradients by other packages, each jitted whole, with the loosest tolerances that reach the accuracy asked."""
+"""Hypergradients by other packages, each jitted whole, with the loosest tolerances that reach the accuracy asked.
+
+Each maker returns a jitted `(x, tol, linear_tol) -> gradient`: tolerances are traced, so that the search for the
+loosest pair compiles once, and the function that is timed is the one that was searched.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +20,15 @@ def installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def jaxopt_hypergradient(problem, y0, tol: float, linear_tol: float, maxiter: int = 5000) -> Callable:
+def jaxopt_hypergradient(problem, y0, maxiter: int = 5000) -> Callable:
     """jaxopt: L-BFGS, implicit differentiation by `solve_cg`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         import jaxopt
         from jaxopt.linear_solve import solve_cg
 
-    solve = functools.partial(solve_cg, tol=linear_tol, maxiter=maxiter)
-
-    def outer(x):
+    def outer(x, tol, linear_tol):
+        solve = functools.partial(solve_cg, tol=linear_tol, maxiter=maxiter)
         solver = jaxopt.LBFGS(
             lambda y, x: problem.inner.objective(x, y), tol=tol, maxiter=maxiter, implicit_diff_solve=solve
         )
@@ -34,12 +37,12 @@ def jaxopt_hypergradient(problem, y0, tol: float, linear_tol: float, maxiter: in
     return jax.jit(jax.grad(outer))
 
 
-def optimistix_hypergradient(problem, y0, tol: float, linear_tol: float, maxiter: int = 5000) -> Callable:
+def optimistix_hypergradient(problem, y0, maxiter: int = 5000) -> Callable:
     """optimistix: L-BFGS, implicit adjoint by `lineax.CG`."""
     import lineax
     import optimistix
 
-    def outer(x):
+    def outer(x, tol, linear_tol):
         solver = optimistix.LBFGS(rtol=tol, atol=tol, norm=optimistix.two_norm)
         adjoint = optimistix.ImplicitAdjoint(lineax.CG(rtol=linear_tol, atol=0.0, norm=jnp.linalg.norm))
         found = optimistix.minimise(
@@ -54,25 +57,21 @@ def optimistix_hypergradient(problem, y0, tol: float, linear_tol: float, maxiter
 PEERS = {"jaxopt": jaxopt_hypergradient, "optimistix": optimistix_hypergradient}
 
 
-def loosest(make: Callable, x, truth, accuracy: float):
-    """`(function, tol, linear_tol, error)`: the loosest pair on a grid of half decades that reaches `accuracy`.
+def loosest(function: Callable, x, truth, accuracy: float):
+    """`(tol, linear_tol, error)`: the loosest pair on a grid of half decades that reaches `accuracy`, or None.
 
-    The inner tolerance is loosened first with a tight adjoint, then the adjoint's with the inner one found; None
-    where no pair of the grid does.
+    The inner tolerance is loosened first with a tight adjoint, then the adjoint's with the inner one found.
     """
 
-    def error_of(function):
-        return float(jnp.linalg.norm(function(x) - truth) / jnp.linalg.norm(truth))
+    def error_of(tol, linear_tol):
+        return float(jnp.linalg.norm(function(x, tol, linear_tol) - truth) / jnp.linalg.norm(truth))
 
     grid = [10.0 ** (-k / 2) for k in range(4, 25)]
-    for tol in grid:
-        if error_of(make(tol, 1e-10)) <= accuracy:
-            break
-    else:
+    tol = next((t for t in grid if error_of(t, 1e-10) <= accuracy), None)
+    if tol is None:
         return None
     for linear_tol in grid:
-        function = make(tol, linear_tol)
-        error = error_of(function)
+        error = error_of(tol, linear_tol)
         if error <= accuracy:
-            return function, tol, linear_tol, error
+            return tol, linear_tol, error
     return None

@@ -6,6 +6,8 @@ float32 halves those. What decides the result (the residual, the last products, 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 from typing import Any
 
 import jax
@@ -17,10 +19,28 @@ WORTH = 2**19
 """Numbers in an inner problem's data from which casting them pays (`python -m benchmarks.threshold` measures it)."""
 
 
+_hoisted: contextvars.ContextVar[dict[int, tuple[Any, Any]] | None] = contextvars.ContextVar("hoisted", default=None)
+
+
+@contextlib.contextmanager
+def hoisted(tree: PyTree):
+    """Casts the tree's arrays here, once; `lowered` of the same arrays inside takes these. For loops, whose bodies
+    would else cast all data again at every turn."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array) and leaf.dtype == jnp.float64]
+    token = _hoisted.set({id(leaf): (leaf, leaf.astype(jnp.float32)) for leaf in leaves})
+    try:
+        yield
+    finally:
+        _hoisted.reset(token)
+
+
 def lowered(tree: PyTree) -> PyTree:
     """The tree with its float64 arrays in float32."""
+    known = _hoisted.get() or {}
 
     def lower(leaf: Any) -> Any:
+        if id(leaf) in known:
+            return known[id(leaf)][1]
         if isinstance(leaf, (jax.Array, np.ndarray)) and leaf.dtype == jnp.float64:
             return jnp.asarray(leaf, jnp.float32)
         return leaf

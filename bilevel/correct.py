@@ -197,7 +197,7 @@ def correct(
             state = solver.prepare(system)
             size = jnp.linalg.norm(point)
             if loose:
-                answer = solver.approximate(state, system, system.off_gauge(at), rtol=1e-4)
+                answer = solver.approximate(state, system, system.off_gauge(at), rtol=1e-3)
             else:
                 answer = solver.solve(state, system, system.off_gauge(at), forcing=(1e-3, size))
             solve = lambda b, a=answer: (a.value, a.status)

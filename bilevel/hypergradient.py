@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from . import _trees as trees
 from ._entry import check_tolerance, finish, prepare_problem
-from ._precision import worth_lowering
+from ._precision import hoisted, worth_lowering
 from ._trees import ravel
 from .adjoint import AbstractAdjoint, Estimate, ImplicitAdjoint, Target, differentiable_estimate, usable
 from .errors import Status
@@ -193,7 +193,9 @@ def search(problem, x, y0, rtol, atol, solver, adjoint, max_steps, newton_first,
                 found.products,
             )
 
-        out = rounds(attempt, problem.inner, x, y0, solver, max_steps=max_steps, newton_first=newton_first)
+        data = (problem.inner, problem.outer) if worth_lowering(problem.inner, x, y0) else ()
+        with hoisted(data):
+            out = rounds(attempt, problem.inner, x, y0, solver, max_steps=max_steps, newton_first=newton_first)
         found = out.found
         status = outcome(found.status, out.reached, found.error <= 3 * found.floor, out.steps >= max_steps)
         fields = _package(found, unravel, out.reached, status, out.steps, out.evaluations, out.products)

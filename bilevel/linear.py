@@ -87,21 +87,6 @@ class AbstractLinearSolver(eqx.Module):
         return False
 
 
-def both(
-    solver: AbstractLinearSolver, state, system: LinearSystem, b, rtol, c, rough=0.03
-) -> tuple[LinearSolution, LinearSolution]:
-    """Approximate solutions of A'v = b to `rtol` and of A w = c to `rough`."""
-    rough = jnp.asarray(rough, b.dtype)
-    if system.symmetric:
-        solve = lambda b, rtol: solver.approximate(state, system, b, rtol=rtol)
-        out = jax.vmap(solve)(jnp.stack([b, c]), jnp.stack([jnp.asarray(rtol, b.dtype), rough]))
-        return jax.tree.map(lambda a: a[0], out), jax.tree.map(lambda a: a[1], out)
-    return (
-        solver.approximate(state, system, b, rtol=rtol, transpose=True),
-        solver.approximate(state, system, c, rtol=rough),
-    )
-
-
 def refine(apply, system: LinearSystem, b, *, transpose, rtol, guess, condition, status) -> LinearSolution:
     """v <- v + P^-1 (b - A v) while it contracts: exact solves with a stale or approximate P."""
     b_norm = jnp.linalg.norm(b)
@@ -435,7 +420,7 @@ def first_reduction(inner, x: PyTree, y: PyTree) -> float:
         return 1e-4
     data = sum(leaf.nbytes for leaf in jax.tree.leaves(inner) if eqx.is_array(leaf))
     gradients = size / (50 if data > 2**25 else 8)
-    return 1e-3 if gradients <= 30 else 1e-5
+    return 1e-3 if gradients <= 30 else 5e-6
 
 
 def choose(linear_solver: Any, inner, x: PyTree, y: PyTree, *, loose: bool = False) -> AbstractLinearSolver:

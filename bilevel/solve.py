@@ -120,7 +120,7 @@ def rounds(
             if not low:
                 return full(point)
             loose = lambda point: run_with(*precision.lowered((inner, x, unravel(point))))
-            return lax.cond(tol > 1e-5 * size0, loose, full, point)
+            return lax.cond(tol > 2e-6 * size0, loose, full, point)
 
         nothing = jnp.zeros((), jnp.int32)
         new, did, spent = lax.cond(ask, run, lambda point: (point, nothing, nothing), point)
@@ -226,10 +226,11 @@ def _solve(inner, x, y0, solver, adjoint, rtol, atol, max_steps, throw) -> Solut
     first = newton and default and not precision.worth_lowering(inner, x, y0)
 
     def work(x, y0):
-        out = rounds(
-            lambda y: _locate(inner, x, y, adjoint, rtol, atol), inner, x, y0, solver,
-            max_steps=max_steps, newton_first=first,
-        )  # fmt: skip
+        with precision.hoisted(inner if precision.worth_lowering(inner, x, y0) else ()):
+            out = rounds(
+                lambda y: _locate(inner, x, y, adjoint, rtol, atol), inner, x, y0, solver,
+                max_steps=max_steps, newton_first=first,
+            )  # fmt: skip
         found = out.found
         _, unravel = ravel(y0)
         status = outcome(found.status, out.reached, found.error <= 10 * found.floor, out.steps >= max_steps)

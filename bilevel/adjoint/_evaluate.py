@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -9,7 +11,7 @@ from .. import _trees as trees
 from .._precision import can_lower, lowered, raised
 from .._trees import ravel, ravel_like
 from ..errors import Status
-from ..linear import MixedPrecision, both, linear_system, refine
+from ..linear import MixedPrecision, linear_system, refine
 from ..problem import as_node
 from ._base import Estimate
 
@@ -17,9 +19,8 @@ from ._base import Estimate
 def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, named=None, rough=0.03) -> Estimate:
     """Omega at this very point, and the estimate of its error to first order in the step still to go.
 
-    Two sweeps of approximate solves, each with the adjoint's right-hand side and one of the error estimate's side by
-    side (one pass over the data serves both), and in between the adjoint's residual with the products of this point:
-    v = v_0 + A^-T rho_0, and the error vector g_x - F_x' A^-T g_y, to which what remains of rho is added in norm.
+    Two sweeps of approximate adjoint solves, and in between the residual with the products of this point: v = v_0 +
+    A^-T rho_0, and the error vector g_x - F_x' A^-T g_y, to which what remains of rho is added in norm.
     `at`: `(F, system)` of this point, where the caller has them. `named`: `(solver, state)` of a linear solver whose
     limits are the user's: it alone gives v, as it is; `solver` serves the estimate. `rough`: accuracy of the solves
     that only the estimate needs.
@@ -45,19 +46,21 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
     if named is None:
         sweep = jnp.clip(jnp.sqrt(rtol), 1e-8, 0.03).astype(flat.dtype)
         rest = g_y if guess is None else g_y - system.rmv(guess)
-        first, forward = both(solver, state, system, rest, sweep, system.off_gauge(residual), rough)
+        approximate = functools.partial(solver.approximate, state, system)
+        first = approximate(rest, rtol=sweep, transpose=True)
+        forward = approximate(system.off_gauge(residual), rtol=rough)
         step = system.off_gauge(forward.value)
         v = first.value if guess is None else guess + first.value
-        if system.symmetric:  # side by side: one pass over the data
-            product, ahead = jax.vmap(system.mv)(jnp.stack([v, step]))
-        else:
-            product, ahead = system.rmv(v), system.mv(step)
-        asked, rest = rest, g_y - product
-        quality = jnp.maximum(_ratio(rest, asked), _ratio(system.off_gauge(residual) - ahead, residual))
+        asked, rest = rest, g_y - system.rmv(v)
+        quality = jnp.zeros((), flat.dtype)
+        if solver.keeps:
+            off = _ratio(system.off_gauge(residual) - system.mv(step), residual)
+            quality = jnp.maximum(_ratio(rest, asked), off)
         tangent = turned(v, step)
-        second, turn = both(solver, state, system, rest, sweep, system.off_gauge(tangent[1]), rough)
+        second = approximate(rest, rtol=sweep, transpose=True)
+        turn = approximate(system.off_gauge(tangent[1]), rtol=rough, transpose=True)
         adjoint = refine(
-            lambda r: solver.approximate(state, system, r, rtol=sweep, transpose=True).value, system, g_y,
+            lambda r: approximate(r, rtol=sweep, transpose=True).value, system, g_y,
             transpose=True, rtol=rtol, guess=v + second.value, condition=second.condition, status=first.status,
         )  # fmt: skip
         extra = second.value

@@ -95,7 +95,7 @@ def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess) -> Estimat
     goal: Any = target
     moved = correct(correction, solver, inner, x, flat, unravel, guard=adjoint.guard, loose=target is not None)
     if target is not None:
-        rtol = jnp.clip(0.1 * target.aim, 10 * eps, 1e-3).astype(flat.dtype)
+        rtol = jnp.clip(0.2 * target.aim, 10 * eps, 1e-3).astype(flat.dtype)
     elif correction is None:
         rtol = jnp.asarray(max(1e-10, 50 * eps), flat.dtype)
     else:  # order two needs an adjoint residual of the order of the squared inner error
