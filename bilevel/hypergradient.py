@@ -84,7 +84,7 @@ def _rule(function: str, adjoint: Any) -> AbstractAdjoint:
 
 def _package(found: Estimate, unravel, converged, status, steps, evaluations, products) -> tuple:
     """The fields of a Hypergradient; NaN and an infinite error where there is no usable y or adjoint."""
-    here = usable(status)
+    here = usable(found.status)
     mask = lambda tree: jax.tree.map(lambda a: jnp.where(here, a, jnp.nan), tree)
     y = unravel(found.flat)
     error = jnp.where(here, found.error, jnp.inf)

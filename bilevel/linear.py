@@ -185,12 +185,12 @@ class ConjugateGradient(AbstractLinearSolver):
         apply = m.mv if isinstance(m, lx.AbstractLinearOperator) else m
         return lambda v: ravel_like(apply(system.unravel(v)), v.dtype)
 
-    def solve(self, state, system, b, *, transpose=False, rtol=None, guess=None, forcing=None):
+    def solve(self, state, system, b, *, transpose=False, rtol=None, guess=None, forcing=None, verify=True):
         eps = float(jnp.finfo(b.dtype).eps)
         wanted = self.rtol if self.rtol is not None else rtol if rtol is not None else 50 * eps
         result = conjugate_gradient(
             system.mv, b, rtol=wanted, guess=guess, forcing=None if self.rtol is not None else forcing,
-            preconditioner=self._precondition(state, system), max_steps=self.max_steps,
+            preconditioner=self._precondition(state, system), max_steps=self.max_steps, verify=verify,
         )  # fmt: skip
         status = result.status
         if not system.definite:  # symmetric, but negative curvature is no statement about minima there
@@ -199,12 +199,15 @@ class ConjugateGradient(AbstractLinearSolver):
         extra = 2 if guess is not None else 1
         return LinearSolution(result.value, result.residual, status, result.condition, result.steps + extra)
 
+    def approximate(self, state, system, b, *, rtol=0.03, transpose=False):
+        return self.solve(state, system, b, transpose=transpose, rtol=rtol, verify=False)
+
 
 class Krylov(AbstractLinearSolver):
     """Matrix-free solves of a non-symmetric dF/dy: lineax's GMRES (`method="gmres"`) or BiCGStab (`"bicgstab"`).
 
-    **Arguments:** `rtol` as for `ConjugateGradient`; `restart`: GMRES's restart length; `max_steps`: lineax's, in
-    which GMRES counts restarts.
+    **Arguments:** `rtol` as for `ConjugateGradient`; `restart`: GMRES's restart length; `max_steps`: steps, rounded
+    up to whole restarts.
     """
 
     method: str = eqx.field(static=True, default="gmres")
@@ -226,14 +229,15 @@ class Krylov(AbstractLinearSolver):
     def solve(self, state, system, b, *, transpose=False, rtol=None, guess=None, forcing=None):
         eps = float(jnp.finfo(b.dtype).eps)
         wanted = self.rtol if self.rtol is not None else rtol if rtol is not None else 50 * eps
-        limit = self.max_steps or 10 * system.size + 10
+        limit = 10 * system.size + 10 if self.max_steps is None else self.max_steps
         b_norm = jnp.linalg.norm(b)
         absolute = jnp.asarray(wanted, b.dtype) * b_norm
         shape = jax.ShapeDtypeStruct(b.shape, b.dtype)
         operator = lx.FunctionLinearOperator(lambda v: system.product(v, transpose), shape)
         if self.method == "gmres":
-            restart = min(self.restart, system.size)
-            solver = lx.GMRES(0.0, absolute, norm=jnp.linalg.norm, max_steps=limit, restart=restart)
+            restart = max(1, min(self.restart, system.size, limit))
+            cycles = -(-limit // restart)  # lineax counts restarts
+            solver = lx.GMRES(0.0, absolute, norm=jnp.linalg.norm, max_steps=cycles, restart=restart)
         else:
             solver = lx.BiCGStab(0.0, absolute, norm=jnp.linalg.norm, max_steps=limit)
         options = {} if guess is None else {"y0": guess}
@@ -365,7 +369,7 @@ class MixedPrecision(AbstractLinearSolver):
         scale = jnp.where(size > 0, size, 1)
         unit = (b / scale).astype(lower.dtype)
         if full is None:
-            out = self.low.solve(low_state, lower, unit, transpose=transpose, rtol=jnp.clip(rtol, 1e-4, 3e-2))
+            out = self.low.approximate(low_state, lower, unit, transpose=transpose, rtol=jnp.clip(rtol, 1e-4, 0.1))
             value = out.value.astype(b.dtype) * scale
             return value, out.status, out.condition.astype(b.dtype), out.products
         good = low_state.status.code == 0

@@ -91,7 +91,8 @@ def rounds(
     who = resolve(solver, inner)
     low = solver is None and inner.default_solver is None and precision.worth_lowering(inner, x, y0)
     flat, unravel = ravel(y0)
-    size0 = jnp.linalg.norm(ravel_like(inner.optimality(x, y0), flat.dtype))
+    begin = precision.lowered((inner, x, y0)) if low else (inner, x, y0)
+    size0 = jnp.linalg.norm(ravel_like(begin[0].optimality(*begin[1:]), flat.dtype))
     big = jnp.asarray(jnp.inf, flat.dtype)
     tol = big if newton_first else first_reduction(inner, x, y0) * size0
     shape = jax.eval_shape(attempt, y0)
@@ -164,7 +165,8 @@ def _locate(inner, x, y, adjoint: AbstractAdjoint, rtol, atol) -> Attempt:
     error, scale = own if own is not None else (jnp.linalg.norm(step), jnp.linalg.norm(moved.flat))
     allowed = jnp.maximum(rtol * scale, atol).astype(flat.dtype)
     floor = 4 * eps * jnp.where(jnp.isfinite(rough.condition), rough.condition, 1) * scale
-    status = rough.status.then(moved.status).then(inner.status_at(x, y_hat))
+    finite = Status.where(jnp.isfinite(moved.before), Status(), Status("non_finite"))
+    status = finite.then(system.gauge_status).then(rough.status).then(moved.status).then(inner.status_at(x, y_hat))
     fine = usable(status) & jnp.isfinite(error)
     contracted = (moved.after <= 0.5 * moved.before) & moved.used
     reached = fine & (error <= allowed) & inner.smooth_between(x, y_hat, unravel(moved.flat - step))
@@ -234,7 +236,7 @@ def _solve(inner, x, y0, solver, adjoint, rtol, atol, max_steps, throw) -> Solut
         found = out.found
         _, unravel = ravel(y0)
         status = outcome(found.status, out.reached, found.error <= 10 * found.floor, out.steps >= max_steps)
-        here = usable(status) & jnp.all(jnp.isfinite(found.flat))
+        here = usable(found.status) & jnp.all(jnp.isfinite(found.flat))
         y = jax.tree.map(lambda a: jnp.where(here, a, jnp.nan), unravel(found.flat))
         return y, (found.residual, out.steps, out.reached, status)
 
@@ -248,4 +250,6 @@ def outcome(status: Status, reached, at_floor, exhausted=None) -> Status:
     if exhausted is not None:  # the solver had steps left: then what stopped the correction is the reason
         why = Status.where((status.code == 0) | exhausted | at_floor, why, status)
     final = Status.where(reached, Status("converged"), why)
-    return Status.where(usable(status), final, status)
+    cut_short = exhausted & ~reached if exhausted is not None else jnp.asarray(False)
+    # before the solver was through, a singular or indefinite matrix is no statement about the solution
+    return Status.where(usable(status) | cut_short, final, status)

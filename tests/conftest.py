@@ -39,3 +39,17 @@ def getkey(request: pytest.FixtureRequest) -> Callable[[], jax.Array]:
     key = jax.random.key(zlib.crc32(request.node.nodeid.encode()))
     count = iter(range(1_000_000))
     return lambda: jax.random.fold_in(key, next(count))
+
+
+_since_cleared = 0
+
+
+@pytest.fixture(autouse=True)
+def _few_programs_alive():
+    """Drops compiled programs now and then: each holds memory maps, of which a process may have some ten thousands."""
+    global _since_cleared
+    yield
+    _since_cleared += 1
+    if _since_cleared >= 12:
+        _since_cleared = 0
+        jax.clear_caches()

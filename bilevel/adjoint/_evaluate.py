@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .. import _trees as trees
 from .._precision import can_lower, lowered, raised
@@ -34,7 +35,9 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
 
     value, (g_x, g_y) = jax.value_and_grad(outer, argnums=(0, 1))(x, flat)
     pull_x = jax.vjp(lambda x: ravel_like(inner.optimality(x, unravel(flat)), flat.dtype), x)[1]
-    status = inner.status_at(x, unravel(flat))
+    given = jnp.isfinite(value) & trees.all_finite((g_x, g_y)) & jnp.all(jnp.isfinite(residual))
+    status = Status.where(given, Status(), Status("non_finite"))
+    status = status.then(inner.status_at(x, unravel(flat))).then(system.gauge_status)
     if system.gauge is not None:
         along, size = jnp.linalg.norm(system.gauge(g_y)), jnp.linalg.norm(g_y)
         slides = along > jnp.sqrt(eps) * size
@@ -45,7 +48,9 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
     turned = lambda v, step: _lagrangian_tangent(problem, x, unravel(flat), v, step, low)
     if named is None:
         sweep = jnp.clip(jnp.sqrt(rtol), 1e-8, 0.03).astype(flat.dtype)
-        rest = g_y if guess is None else g_y - system.rmv(guess)
+        rest = g_y
+        if guess is not None:
+            rest = lax.cond(jnp.any(guess != 0), lambda: g_y - system.rmv(guess), lambda: g_y)
         approximate = functools.partial(solver.approximate, state, system)
         first = approximate(rest, rtol=sweep, transpose=True)
         forward = approximate(system.off_gauge(residual), rtol=rough)
@@ -84,8 +89,7 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
     condition = jnp.maximum(adjoint.condition, forward.condition)
     scale = trees.norm(g_x) + trees.norm(coupling)
     floor = coarsest(x, unravel(flat)) * jnp.where(jnp.isfinite(condition), condition, 1).astype(scale.dtype) * scale
-    finite = jnp.isfinite(value) & trees.all_finite(gradient) & jnp.all(jnp.isfinite(residual))
-    finite = Status.where(finite, Status("converged"), Status("non_finite"))
+    finite = Status.where(trees.all_finite(gradient), Status(), Status("non_finite"))
     status = status.then(adjoint.status).then(forward.status).then(finite)
     touches = trees.norm(coupling) > 0
     return Estimate(

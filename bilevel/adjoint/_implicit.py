@@ -112,7 +112,9 @@ def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess) -> Estimat
         at = None
     judge = lambda found: _judge(found, moved, last, newton, helper, inner, x, unravel)
     if improving:
-        evaluated = functools.partial(evaluate, problem, x, unravel=unravel, solver=helper, state=prepared, named=named)
+        evaluated = functools.partial(
+            evaluate, problem, x, unravel=unravel, solver=helper, state=prepared, named=named, rough=0.1
+        )
         found = _improve(evaluated, here, helper, guess, judge, goal, rtol)
     else:
         rough = 1e-3 if target is None else 0.03
@@ -143,7 +145,11 @@ def _judge(found: Estimate, moved, last, newton: bool, solver, inner, x, unravel
         after = ravel_like(inner.optimality(x, unravel(found.flat - found.step)), found.flat.dtype)
         trusted = _tiny(found) | (jnp.linalg.norm(after) <= _CONTRACTION * found.inner_residual)
     untrusted = Status.where(trusted, Status(), Status("estimate_untrusted"))
-    status = found.status.then(moved.status).then(untrusted)
+    own = found.status
+    if solver.keeps:  # a factorization does not stop short: it was made too far away
+        stale = own.code == Status("linear_solve").code
+        own = Status.where(stale, Status("estimate_untrusted"), own)
+    status = own.then(moved.status).then(untrusted)
     # another piece of a nonsmooth F: what was prepared at y says nothing here, not even why a solve stopped short
     crossed = ~inner.smooth_between(x, unravel(moved.start), unravel(found.flat)) & usable(status) & ~moved.settled
     return Status.where(crossed & moved.used, Status("estimate_untrusted"), status)

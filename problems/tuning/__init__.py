@@ -5,7 +5,8 @@ Every model is built as `Model(X, y, X_val, y_val)` or `Model(X, y, cv=K)` and i
 recompile anything, and it contains no derivatives.
 """
 
+from ._examples import examples
 from .logistic import LogisticTuning
 from .ridge import RidgeTuning
 
-__all__ = ["LogisticTuning", "RidgeTuning"]
+__all__ = ["LogisticTuning", "RidgeTuning", "examples"]

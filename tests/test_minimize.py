@@ -1,0 +1,201 @@
+"""The outer loop: where it ends, what it costs, and that a killed run goes on as if nothing had happened."""
+
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel
+
+RNG = np.random.default_rng(3)
+A, B = jnp.asarray(RNG.normal(size=(60, 6))), jnp.asarray(np.sign(RNG.normal(size=60)))
+A_VAL, B_VAL = jnp.asarray(RNG.normal(size=(60, 6))), jnp.asarray(np.sign(RNG.normal(size=60)))
+
+
+def train(x, y):
+    return jnp.mean(jax.nn.softplus(-B * (A @ y))) + jnp.sum(jnp.exp(x) * y**2) / 12
+
+
+def validate(x, y):
+    return jnp.mean(jax.nn.softplus(-B_VAL * (A_VAL @ y))) + 1e-3 * jnp.sum(x**2)
+
+
+PROBLEM = bilevel.BilevelProblem(bilevel.Minimization(train), validate)
+X0, Y0 = jnp.full(6, -1.0), jnp.zeros(6)
+
+
+def true_gradient(x):
+    return bilevel.hypergradient(PROBLEM, x, Y0, rtol=1e-9, atol=1e-12).gradient
+
+
+@pytest.fixture(scope="module")
+def usual():
+    return bilevel.minimize(PROBLEM, X0, Y0, tol=1e-8)
+
+
+def test_it_ends_at_a_stationary_point(usual):
+    assert usual.converged
+    assert float(jnp.abs(true_gradient(usual.x)).max()) <= 1e-7
+    assert usual.history[0].step == 0
+    assert [s.step for s in usual.history] == list(range(len(usual.history)))
+    assert usual.history[-1].value <= usual.history[0].value
+    assert "converged=True" in repr(usual)
+
+
+def test_newton_cg_and_proximal_gradient_agree(usual):
+    newton = bilevel.minimize(PROBLEM, X0, Y0, method="newton-cg", tol=1e-8)
+    assert newton.converged
+    np.testing.assert_allclose(newton.x, usual.x, atol=1e-4)
+    assert newton.steps <= usual.steps
+    free = bilevel.minimize(PROBLEM, X0, Y0, prox=lambda x, t: x, tol=1e-6)
+    assert free.converged
+    np.testing.assert_allclose(free.value, usual.value, atol=1e-8)
+
+
+def test_a_penalty_by_its_prox_gives_exact_zeros():
+    def soft(x, t):
+        return jnp.sign(x) * jnp.maximum(jnp.abs(x) - 0.002 * t, 0)
+
+    result = bilevel.minimize(PROBLEM, X0, Y0, prox=soft, tol=1e-6)
+    assert result.converged
+    gradient = true_gradient(result.x)
+    zero = np.asarray(result.x) == 0
+    assert np.all(np.abs(gradient[zero]) <= 0.002 + 1e-6)
+    np.testing.assert_allclose(gradient[~zero], -0.002 * jnp.sign(result.x)[~zero], atol=1e-5)
+
+
+def test_bounds_hold_and_the_projected_gradient_vanishes():
+    result = bilevel.minimize(PROBLEM, X0, Y0, bounds=(-1.5, jnp.full(6, 0.5)), tol=1e-8)
+    assert result.converged
+    assert np.all((np.asarray(result.x) >= -1.5) & (np.asarray(result.x) <= 0.5))
+    step = jnp.clip(result.x - true_gradient(result.x), -1.5, 0.5) - result.x
+    assert float(jnp.abs(step).max()) <= 1e-6
+
+
+def test_optax_optimizers_descend_to_the_same_point(usual):
+    result = bilevel.minimize(PROBLEM, X0, Y0, method=optax.adam(0.3), max_steps=150, tol=1e-4)
+    np.testing.assert_allclose(result.value, usual.value, atol=1e-3)
+
+
+def test_max_steps_is_a_result_not_an_exception():
+    result = bilevel.minimize(PROBLEM, X0, Y0, max_steps=2)
+    assert not result.converged
+    assert "max_steps" in result.message
+    assert result.steps == 2
+
+
+def test_the_accuracy_follows_the_outer_steps(usual):
+    """Cold inner solves at a fixed 1e-8 tolerance cost at least three times the inner gradients for the same value."""
+    evaluations = 0
+
+    def cold(x):
+        nonlocal evaluations
+        found = bilevel.solvers.Jaxopt().find(PROBLEM.inner, x, Y0, tol=jnp.asarray(1e-8), max_steps=500)
+        evaluations += int(found.evaluations) // 2  # it counts value and gradient apart
+        hg = bilevel.estimate(PROBLEM, x, found.y, bilevel.ImplicitAdjoint(correction=None))
+        return float(hg.value), np.asarray(hg.gradient)
+
+    import scipy.optimize as so
+
+    out = so.minimize(
+        cold, np.asarray(X0), jac=True, method="L-BFGS-B", options={"gtol": 1e-6, "ftol": 0, "maxcor": 20}
+    )
+    ours = bilevel.minimize(PROBLEM, X0, Y0, tol=1e-6)
+    assert abs(ours.value - out.fun) <= 1e-9
+    assert ours.evaluations * 3 <= evaluations
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="unknown method"):
+        bilevel.minimize(PROBLEM, X0, Y0, method="sgd")
+    with pytest.raises(TypeError, match="method"):
+        bilevel.minimize(PROBLEM, X0, Y0, method=3)
+    with pytest.raises(ValueError, match="lower <= upper"):
+        bilevel.minimize(PROBLEM, X0, Y0, bounds=(1.0, -1.0))
+    with pytest.raises(ValueError, match="tol"):
+        bilevel.minimize(PROBLEM, X0, Y0, tol=-1.0)
+    with pytest.raises(ValueError, match="y0"):
+        bilevel.minimize(PROBLEM, X0, jnp.zeros((0,)))
+
+
+def test_a_checkpoint_resumes_and_calls_back_for_new_steps_only(tmp_path, usual):
+    class Stop(Exception):
+        pass
+
+    def stop(state):
+        if state.step == 3:
+            raise Stop
+
+    path = tmp_path / "run.npz"
+    with pytest.raises(Stop):
+        bilevel.minimize(PROBLEM, X0, Y0, tol=1e-8, checkpoint=path, callback=stop)
+    seen = []
+    result = bilevel.minimize(PROBLEM, X0, Y0, tol=1e-8, checkpoint=path, callback=lambda s: seen.append(s.step))
+    np.testing.assert_allclose(result.x, usual.x, rtol=0, atol=1e-9)
+    assert seen[0] == 4
+    assert len(result.history) == len(usual.history)
+
+
+def test_a_foreign_checkpoint_is_refused_untouched(tmp_path):
+    path = tmp_path / "run.npz"
+    bilevel.minimize(PROBLEM, X0, Y0, max_steps=2, checkpoint=path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="belongs to another problem"):
+        bilevel.minimize(PROBLEM, X0, Y0, max_steps=2, checkpoint=path, bounds=(-1.0, 1.0))
+    with pytest.raises(ValueError, match="belongs to another problem"):
+        bilevel.minimize(PROBLEM, X0, Y0, max_steps=2, checkpoint=path, method=optax.adam(0.1))
+    with pytest.raises(ValueError, match="belongs to another problem"):
+        bilevel.minimize(PROBLEM, X0 + 1, Y0, max_steps=2, checkpoint=path)
+    assert path.read_bytes() == before
+    path.write_text("not a checkpoint")
+    with pytest.raises(ValueError, match="no checkpoint"):
+        bilevel.minimize(PROBLEM, X0, Y0, max_steps=2, checkpoint=path)
+    assert path.read_text() == "not a checkpoint"
+
+
+PROGRAM = """
+import sys, time
+import jax
+jax.config.update("jax_enable_x64", True)
+sys.path.insert(0, {tests!r})
+from tests import test_minimize as t
+import bilevel
+print("started", flush=True)
+result = bilevel.minimize(
+    t.PROBLEM, t.X0, t.Y0, tol=1e-8, checkpoint={path!r}, callback=lambda s: time.sleep({pause})
+)
+print("x", *[float(a) for a in result.x], flush=True)
+"""
+
+
+def test_kill_at_random_moments(tmp_path, usual):
+    """Killed again and again, it ends at the same x. KILLS=20 for the long version."""
+    path = str(tmp_path / "run.npz")
+    root = str(pathlib.Path(__file__).parents[1])
+    draw = random.Random(0)
+    for kill in range(int(os.environ.get("KILLS", "2")) + 1):
+        last = kill == int(os.environ.get("KILLS", "2"))
+        program = PROGRAM.format(tests=root, path=path, pause=0 if last else 0.15)
+        command = [sys.executable, "-c", program]
+        with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline().strip() == "started"
+            if last:
+                line = process.stdout.read().split()
+                assert process.wait() == 0
+                np.testing.assert_allclose([float(a) for a in line[1:]], usual.x, rtol=0, atol=1e-9)
+            else:
+                deadline = time.monotonic() + 120
+                while not os.path.exists(path) and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                time.sleep(draw.uniform(0, 0.8))
+                process.send_signal(signal.SIGKILL)

@@ -1,0 +1,15 @@
+"""The contract over every problem that a plugin lists: a new one is tested by being listed."""
+
+import jax
+import pytest
+
+import bilevel.testing
+from problems import tuning
+
+CASES = {f"tuning: {name}": make for name, make in tuning.examples().items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_listed_problems_pass_the_checks(name):
+    problem, x, y0 = CASES[name](jax.random.PRNGKey(1))
+    bilevel.testing.check_problem(problem, x, y0)
