@@ -197,7 +197,7 @@ def search(problem, x, y0, rtol, atol, solver, adjoint, max_steps, newton_first,
         with hoisted(data):
             out = rounds(attempt, problem.inner, x, y0, solver, max_steps=max_steps, newton_first=newton_first)
         found = out.found
-        status = outcome(found.status, out.reached, found.error <= 3 * found.floor, out.steps >= max_steps)
+        status = outcome(found.status, out.reached, found.error <= 3 * found.floor, out.steps >= max_steps, max_steps)
         fields = _package(found, unravel, out.reached, status, out.steps, out.evaluations, out.products)
         return fields[0], (*fields[1], found.inner_touches_x, (found.adjoint, found.residual))
 

@@ -235,7 +235,7 @@ def _solve(inner, x, y0, solver, adjoint, rtol, atol, max_steps, throw) -> Solut
             )  # fmt: skip
         found = out.found
         _, unravel = ravel(y0)
-        status = outcome(found.status, out.reached, found.error <= 10 * found.floor, out.steps >= max_steps)
+        status = outcome(found.status, out.reached, found.error <= 10 * found.floor, out.steps >= max_steps, max_steps)
         here = usable(found.status) & jnp.all(jnp.isfinite(found.flat))
         y = jax.tree.map(lambda a: jnp.where(here, a, jnp.nan), unravel(found.flat))
         return y, (found.residual, out.steps, out.reached, status)
@@ -244,12 +244,14 @@ def _solve(inner, x, y0, solver, adjoint, rtol, atol, max_steps, throw) -> Solut
     return Solution(y, residual, steps, reached, status, inner.aux_at(x, y), inner.multipliers_at(x, y))
 
 
-def outcome(status: Status, reached, at_floor, exhausted=None) -> Status:
+_FEW = 20  # solver steps, of which running out says more than what the matrix looks like there
+
+
+def outcome(status: Status, reached, at_floor, exhausted, max_steps: int) -> Status:
     """The final word: what makes a result unusable first, then whether the target was met, then why not."""
     why = Status.where(at_floor, Status("round_off"), Status("max_steps"))
-    if exhausted is not None:  # the solver had steps left: then what stopped the correction is the reason
-        why = Status.where((status.code == 0) | exhausted | at_floor, why, status)
+    # where the solver had steps left, what stopped the correction is the reason
+    why = Status.where((status.code == 0) | exhausted | at_floor, why, status)
     final = Status.where(reached, Status("converged"), why)
-    cut_short = exhausted & ~reached if exhausted is not None else jnp.asarray(False)
-    # before the solver was through, a singular or indefinite matrix is no statement about the solution
+    cut_short = exhausted & ~reached & (max_steps < _FEW)
     return Status.where(usable(status) | cut_short, final, status)
