@@ -145,3 +145,8 @@ def subtract(a: PyTree, b: PyTree) -> PyTree:
 def where(condition, yes: PyTree, no: PyTree) -> PyTree:
     """Elementwise choice between two trees by one scalar condition."""
     return jax.tree.map(lambda p, q: jnp.where(condition, p, q), yes, no)
+
+
+def coarsest(*arguments) -> float:
+    """The machine precision of the coarsest floating dtype among the leaves: round-off of the whole computation."""
+    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(arguments))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import PyTree
 
-from ._trees import check_like, ravel_like
+from ._trees import check_like, coarsest, ravel_like
 from .errors import Status
 from .linear import AbstractLinearSolver, LinearSystem, MixedPrecision, linear_system
 from .problem import as_given, as_node
@@ -212,7 +212,7 @@ def correct(
     residual, system = linear_system(inner, x, unravel(point), lower=low)
     after = jnp.linalg.norm(residual)
     moved = jnp.linalg.norm(flat - point)
-    eps = jnp.finfo(flat.dtype).eps
+    eps = coarsest(unravel(flat))
     settled = (moved <= 100 * eps * condition * jnp.linalg.norm(flat)) | (before == 0)
     lower = jnp.isfinite(after) & (after < before)
     stopped_short = status == Status("linear_solve")  # an early stop is no reason to refuse: the residual judges

@@ -88,7 +88,9 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
     left = trees.norm(pull_x(system.off_gauge(extra))[0]).astype(flat.dtype) * shrunk
     condition = jnp.maximum(adjoint.condition, forward.condition)
     scale = trees.norm(g_x) + trees.norm(coupling)
-    floor = coarsest(x, unravel(flat)) * jnp.where(jnp.isfinite(condition), condition, 1).astype(scale.dtype) * scale
+    floor = (
+        trees.coarsest(x, unravel(flat)) * jnp.where(jnp.isfinite(condition), condition, 1).astype(scale.dtype) * scale
+    )
     finite = Status.where(trees.all_finite(gradient), Status(), Status("non_finite"))
     status = status.then(adjoint.status).then(forward.status).then(finite)
     touches = trees.norm(coupling) > 0
@@ -107,15 +109,11 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
         inner_touches_x=touches | (jnp.linalg.norm(v) == 0),
         contracted=jnp.asarray(True),
         quality=quality,
+        eps=jnp.asarray(trees.coarsest(unravel(flat)), flat.dtype),
         smooth=inner.smooth_between(x, unravel(flat), unravel(flat - step)),
         evaluations=jnp.ones((), jnp.int32),
         products=(adjoint.products + first.products + second.products + 1).astype(jnp.int32),
     )
-
-
-def coarsest(*arguments) -> float:
-    """The machine precision of the coarsest floating dtype among the leaves: round-off of the whole computation."""
-    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(arguments))
 
 
 def _ratio(a, b):
