@@ -121,7 +121,7 @@ def refine(apply, system: LinearSystem, b, *, transpose, rtol, guess, condition,
 class Direct(AbstractLinearSolver):
     """Dense factorization: Cholesky where dF/dy must be positive definite, else LU. Cost n products and n^3/3.
 
-    Numerically singular (smallest scaled pivot below about n eps of the largest) is a status, never a number.
+    Numerically singular (smallest scaled singular value below about n eps of the largest) is a status, never a number.
     """
 
     def prepare(self, system):

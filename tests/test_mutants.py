@@ -237,8 +237,8 @@ MUTANTS = [
     Mutant(
         "one CG coefficient wrong",
         "bilevel.krylov:conjugate_gradient",
-        "beta = gamma / s.gamma",
-        "beta = -gamma / s.gamma",
+        "s.x + alpha * s.p",
+        "s.x + 1.01 * alpha * s.p",
         hypergradient,
         matrixfree,
     ),
