@@ -110,7 +110,7 @@ def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess) -> Estimat
     if improving and solver.keeps:
         here, extra, last = _descend(inner, x, unravel, solver, moved, goal)
         at = None
-    judge = lambda found: _judge(found, moved, last, newton, helper, inner, x, unravel)
+    judge = lambda found: _judge(found, moved, last, newton, helper, inner, x, unravel, limited=named is not None)
     if improving:
         evaluated = functools.partial(
             evaluate, problem, x, unravel=unravel, solver=helper, state=prepared, named=named, rough=0.1
@@ -136,7 +136,7 @@ def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess) -> Estimat
     )
 
 
-def _judge(found: Estimate, moved, last, newton: bool, solver, inner, x, unravel) -> Status:
+def _judge(found: Estimate, moved, last, newton: bool, solver, inner, x, unravel, limited: bool) -> Status:
     """The status of a first evaluation: its own trouble, the correction's, or that its error is not to be trusted."""
     trusted = moved.settled | ~moved.used
     if newton:
@@ -146,7 +146,7 @@ def _judge(found: Estimate, moved, last, newton: bool, solver, inner, x, unravel
         trusted = _tiny(found) | (jnp.linalg.norm(after) <= _CONTRACTION * found.inner_residual)
     untrusted = Status.where(trusted, Status(), Status("estimate_untrusted"))
     own = found.status
-    if solver.keeps:  # a factorization does not stop short: it was made too far away
+    if solver.keeps and not limited:  # a factorization does not stop short: it was made too far away
         stale = own.code == Status("linear_solve").code
         own = Status.where(stale, Status("estimate_untrusted"), own)
     status = own.then(moved.status).then(untrusted)
