@@ -12,7 +12,9 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, PyTree, Scalar
 
 from ._trees import check_like
@@ -76,6 +78,7 @@ class AbstractInner(eqx.Module):
     - `gauge_part(x, v)`: the part of v along which the solution may slide, or None: the solution is unique;
     - `default_solver`: who finds y when the user names nobody, or None: the library's default for the kind;
     - `objective_at(x, y)`: the scalar being minimized, or None;
+    - `is_objective(function)`: whether that scalar is this very function;
     - `aux_at(x, y)`: what the user's function returns besides, or None;
     - `multipliers_at(x, y)`: of the constraints, at a solution, or None;
     - `size_of_error(x, y, F, step)`: (error, scale) by which `solve` judges its rtol, or None: the norm of the
@@ -137,6 +140,10 @@ class AbstractInner(eqx.Module):
 
     def size_of_error(self, x: PyTree, y: PyTree, residual: PyTree, step: PyTree) -> Any:
         return None
+
+    def is_objective(self, function: Any) -> bool:
+        """Whether `function` is the objective that y*(x) minimizes without constraints, equal data included."""
+        return False
 
     def check(self, x: PyTree, y: PyTree) -> None:
         """Raises ValueError unless F can be evaluated at (x, y) and has y's structure and shapes (shapes only)."""
@@ -244,6 +251,9 @@ class Minimization(_Structured):
     def aux_at(self, x, y):
         return self._objective(x, y)[1] if self.has_aux else None
 
+    def is_objective(self, function):
+        return not self.has_aux and _equal(self._objective, as_node(function))
+
     def optimality(self, x, y):
         """The gradient of the objective in y."""
         return jax.grad(self.objective_at, argnums=1)(x, y)
@@ -255,6 +265,23 @@ class Minimization(_Structured):
                 raise ValueError("bilevel.Minimization: with has_aux=True `objective` must return (scalar, aux).")
             value = value[0]
         _check_scalar(value, "Minimization", "objective")
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two nodes are one function with equal leaves; a traced leaf equals only itself."""
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+
+    def same(p, q):
+        if p is q:
+            return True
+        if isinstance(p, jax.core.Tracer) or isinstance(q, jax.core.Tracer):
+            return False
+        if eqx.is_array_like(p) and eqx.is_array_like(q):
+            return np.shape(p) == np.shape(q) and bool(np.array_equal(np.asarray(p), np.asarray(q)))
+        return bool(p == q)
+
+    return all(map(same, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
 class Root(_Structured):
@@ -317,6 +344,11 @@ class AbstractBilevelProblem(eqx.Module):
         """G(x, y), a floating scalar."""
 
     @property
+    def value_only(self) -> bool:
+        """Whether G_y(x, y*(x)) = 0 at every x (inner and outer objective coincide): then no adjoint is solved for."""
+        return False
+
+    @property
     def prox(self) -> Callable | None:
         """`prox(x, t)` of t times a penalty that `minimize` adds to the outer function, or None."""
         return None
@@ -340,18 +372,28 @@ class BilevelProblem(AbstractBilevelProblem):
 
     **Arguments:** `inner`: an inner problem, or a plain function `(x, y) -> scalar`, which is then a
     `Minimization`. `outer(x, y) -> scalar`: plain function, Partial or Module.
+
+    Where `outer` is the inner objective itself (the same function with equal data), h is the optimal value, its
+    gradient f_x(x, y*), and no adjoint system is solved.
     """
 
     inner: AbstractInner
-    _outer: Any
+    _outer: Any  # None: the inner objective itself, held once, so that new data cannot part the two
 
     def __init__(self, inner, outer: Callable):
         self.inner = inner if isinstance(inner, AbstractInner) else Minimization(inner)
-        self._outer = _callable(outer, "BilevelProblem", "outer")
+        node = _callable(outer, "BilevelProblem", "outer")
+        self._outer = None if self.inner.is_objective(outer) else node
 
     @property
     def outer(self) -> Callable:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if self._outer is None:
+            return self.inner.objective  # pyright: ignore[reportAttributeAccessIssue]
         return as_given(self._outer)
+
+    @property
+    def value_only(self) -> bool:
+        return self._outer is None
 
     def __repr__(self):
         return f"BilevelProblem(inner={type(self.inner).__name__}(…), outer=…)"

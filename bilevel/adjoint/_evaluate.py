@@ -42,7 +42,7 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
         along, size = jnp.linalg.norm(system.gauge(g_y)), jnp.linalg.norm(g_y)
         slides = along > jnp.sqrt(eps) * size
         status = status.then(Status.where(slides, Status("gauge_dependent"), Status()))
-    g_y = system.off_gauge(g_y)
+    g_y = _without_noise(problem, x, flat, unravel, value, system.off_gauge(g_y))
 
     low = isinstance(solver, MixedPrecision)  # one digit will do: where float32 pays, this is the place for it
     turned = lambda v, step: _lagrangian_tangent(problem, x, unravel(flat), v, step, low)
@@ -113,6 +113,56 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
         smooth=inner.smooth_between(x, unravel(flat), unravel(flat - step)),
         evaluations=jnp.ones((), jnp.int32),
         products=(adjoint.products + first.products + second.products + 1).astype(jnp.int32),
+    )
+
+
+def _without_noise(problem, x, flat, unravel, value, g_y):
+    """G_y, exactly zero where it is round-off of G_yy y: where G has its minimum at y* the adjoint solve is none."""
+
+    def negligible():
+        slope = jax.grad(lambda p: problem.outer(x, unravel(p)).astype(flat.dtype))
+        scale = jnp.linalg.norm(jax.jvp(slope, (flat,), (flat,))[1])
+        return jnp.linalg.norm(g_y) <= 50 * jnp.finfo(flat.dtype).eps * scale
+
+    flat_here = jnp.linalg.norm(g_y) * jnp.linalg.norm(flat) <= 1e-6 * jnp.abs(value)  # seldom: ask what is noise
+    return jnp.where(lax.cond(flat_here, negligible, lambda: jnp.asarray(False)), 0, g_y)
+
+
+def evaluate_value(problem, x, flat, unravel, solver, state, *, at=None, rough=0.03) -> Estimate:
+    """The same where G_y vanishes at y*: the gradient is G_x, and its error what G_x changes by along the step still
+    to go. No adjoint system is solved (value-only path, derived in docs/theory)."""
+    residual, system = linear_system(problem.inner, x, unravel(flat)) if at is None else at
+    slope = jax.value_and_grad(lambda x, p: problem.outer(x, unravel(p)).astype(flat.dtype))
+    (value, gradient), along = jax.linearize(lambda p: slope(x, p), flat)
+    asked = system.off_gauge(residual)
+    forward = solver.approximate(state, system, asked, rtol=rough)
+    step = system.off_gauge(forward.value)
+    condition = jnp.where(jnp.isfinite(forward.condition), forward.condition, 1)
+    size = trees.norm(gradient)
+    floor = (trees.coarsest(x, unravel(flat)) * condition.astype(size.dtype) * size).astype(flat.dtype)
+    given = jnp.isfinite(value) & trees.all_finite(gradient) & jnp.all(jnp.isfinite(residual))
+    status = Status.where(given, Status(), Status("non_finite"))
+    status = status.then(problem.inner.status_at(x, unravel(flat))).then(system.gauge_status).then(forward.status)
+    zero = jnp.zeros((), flat.dtype)
+    return Estimate(
+        flat=flat,
+        value=value,
+        gradient=gradient,
+        error=trees.norm(along(step)[1]).astype(flat.dtype) + floor,
+        floor=floor,
+        inner_residual=jnp.linalg.norm(residual),
+        adjoint_residual=zero,
+        adjoint=jnp.zeros_like(flat),
+        residual=residual,
+        step=step,
+        status=status,
+        inner_touches_x=jnp.asarray(True),
+        contracted=jnp.asarray(True),
+        quality=_ratio(asked - system.mv(step), asked) if solver.keeps else zero,
+        eps=jnp.asarray(trees.coarsest(unravel(flat)), flat.dtype),
+        smooth=problem.inner.smooth_between(x, unravel(flat), unravel(flat - step)),
+        evaluations=jnp.ones((), jnp.int32),
+        products=(forward.products + 1).astype(jnp.int32),
     )
 
 

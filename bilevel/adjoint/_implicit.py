@@ -18,7 +18,7 @@ from ..errors import Status
 from ..linear import AbstractLinearSolver, choose, linear_system
 from ..reparametrize import AbstractReparametrization, in_coordinates
 from ._base import AbstractAdjoint, Estimate, Target, usable
-from ._evaluate import evaluate
+from ._evaluate import evaluate, evaluate_value
 from ._rule import implicit
 
 _CHORDS = 8  # corrections with one factorization before a new one is made
@@ -69,7 +69,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         if self.reparametrization is not None:
             inner, outer, z, back = in_coordinates(problem.inner, problem.outer, self.reparametrization, x, y)
             plain = eqx.tree_at(lambda a: a.reparametrization, self, None, is_leaf=lambda a: a is None)
-            found = plain.estimate(_Pair(inner, outer), x, z, target=target, guess=guess)
+            found = plain.estimate(_Pair(inner, outer, problem.value_only), x, z, target=target, guess=guess)
             _, unravel = ravel(z)
             flat, _ = ravel(back(x, unravel(found.flat)))
             return found._replace(flat=flat)
@@ -82,6 +82,7 @@ class ImplicitAdjoint(AbstractAdjoint):
 class _Pair(NamedTuple):
     inner: Any
     outer: Callable
+    value_only: bool = False
 
 
 def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess) -> Estimate:
@@ -111,7 +112,11 @@ def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess) -> Estimat
         here, extra, last = _descend(inner, x, unravel, solver, moved, goal)
         at = None
     judge = lambda found: _judge(found, moved, last, newton, helper, inner, x, unravel, limited=named is not None)
-    if improving:
+    if problem.value_only:
+        rough = 1e-3 if target is None else 0.03
+        found = evaluate_value(problem, x, here, unravel, helper, prepared, at=at, rough=rough)
+        found = found._replace(status=judge(found))
+    elif improving:
         evaluated = functools.partial(
             evaluate, problem, x, unravel=unravel, solver=helper, state=prepared, named=named, rough=0.1
         )
