@@ -2,6 +2,7 @@
 
 from . import linear, prox, solvers
 from .adjoint import ImplicitAdjoint, JacobianFreeAdjoint, NeumannAdjoint, OneStepAdjoint, UnrolledAdjoint
+from .bounds import ErrorBound
 from .composite import Composite
 from .constrained import Constrained, Multipliers
 from .correct import Jacobi, Newton, Preconditioner
@@ -10,6 +11,7 @@ from .errors import NotConverged, Status
 from .hypergradient import Hypergradient, estimate, hypergradient
 from .linear import ConjugateGradient, Direct, Krylov, Neumann
 from .minimize import Result, State, minimize
+from .preconditioners import FrozenHessian, Nystrom, ScaledIdentity, SecantInverse
 from .problem import (
     AbstractBilevelProblem,
     AbstractInner,
@@ -55,6 +57,11 @@ __all__ = [
     "State",
     "Status",
     "UnrolledAdjoint",
+    "ErrorBound",
+    "FrozenHessian",
+    "Nystrom",
+    "ScaledIdentity",
+    "SecantInverse",
     "efficiency_constant",
     "estimate",
     "hessian_vector_product",

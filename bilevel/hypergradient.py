@@ -15,6 +15,7 @@ from ._entry import check_tolerance, finish, prepare_problem
 from ._precision import hoisted, worth_lowering
 from ._trees import ravel
 from .adjoint import AbstractAdjoint, Estimate, ImplicitAdjoint, Target, differentiable_estimate, usable
+from .bounds import ErrorBound
 from .errors import Status
 from .problem import AbstractBilevelProblem
 from .reparametrize import check_round_trip
@@ -30,7 +31,7 @@ class Hypergradient(eqx.Module):
     asymptotically exact and never below round-off (infinite where it cannot be trusted); `y`: the corrected point
     used; `inner_residual`: |F(x, y)|_2; `adjoint_residual`: |G_y - F_y' v|_2; `converged`, `status`; `steps`: of the
     inner solver; `evaluations`: of F (inner gradients); `products`: with dF/dy (Hessian-vector products), n for
-    each dense matrix.
+    each dense matrix; `bound`: a guaranteed bound on the error where `error_bound=` was given, else None.
     """
 
     value: Float[Array, "*batch"]
@@ -44,6 +45,7 @@ class Hypergradient(eqx.Module):
     steps: Int[Array, "*batch"]
     evaluations: Int[Array, "*batch"]
     products: Int[Array, "*batch"]
+    bound: Float[Array, "*batch"] | None = None
 
     def __repr__(self):
         size = None if trees.is_traced(self.gradient) or jnp.ndim(self.value) else trees.norm(self.gradient)
@@ -54,11 +56,17 @@ class Hypergradient(eqx.Module):
 
 
 def estimate(
-    problem: AbstractBilevelProblem, x: PyTree, y: PyTree, adjoint: AbstractAdjoint | None = None
+    problem: AbstractBilevelProblem,
+    x: PyTree,
+    y: PyTree,
+    adjoint: AbstractAdjoint | None = None,
+    *,
+    error_bound: ErrorBound | None = None,
 ) -> Hypergradient:
     """The hypergradient at this y, as it is: no inner solve, one correction and one derivative rule.
 
-    **Arguments:** `problem`; `x`, `y`: trees of floating arrays; `adjoint`: the derivative rule, `ImplicitAdjoint()`.
+    **Arguments:** `problem`; `x`, `y`: trees of floating arrays; `adjoint`: the derivative rule, `ImplicitAdjoint()`;
+    `error_bound`: constants from which a guaranteed `.bound` follows; None: the problem's own, if it knows them.
 
     **Returns:** a `Hypergradient`; `.converged` means that the correction was accepted, the linear solves converged
     and the error estimate can be trusted. Nothing is raised for that: the point is the caller's.
@@ -69,7 +77,30 @@ def estimate(
     adjoint = _rule("estimate", adjoint)
     if isinstance(adjoint, ImplicitAdjoint) and adjoint.reparametrization is not None:
         check_round_trip("estimate", adjoint.reparametrization, problem.inner, x, y)
-    return _estimate(problem, x, y, adjoint)
+    return _bounded("estimate", _estimate(problem, x, y, adjoint), problem, x, adjoint, error_bound)
+
+
+def _bounded(function: str, result: Hypergradient, problem, x, adjoint, constants) -> Hypergradient:
+    """The result with its guaranteed bound, where constants are known."""
+    constants = problem.error_constants(x) if constants is None else constants
+    if constants is None:
+        return result
+    if not isinstance(constants, ErrorBound):
+        raise TypeError(f"bilevel.{function}: error_bound must be an ErrorBound(…), found {constants!r}.")
+    if not isinstance(adjoint, ImplicitAdjoint) or adjoint.reparametrization is not None:
+        raise ValueError(
+            f"bilevel.{function}: an error_bound is of implicit differentiation in y itself; use ImplicitAdjoint() "
+            "without a reparametrization."
+        )
+    return eqx.tree_at(
+        lambda r: r.bound, result, _bound(constants, problem, x, result), is_leaf=lambda leaf: leaf is None
+    )
+
+
+@eqx.filter_jit
+def _bound(constants, problem, x, result):
+    bound = constants.at(problem, x, result.y, result.adjoint_residual)
+    return jnp.where(jnp.isfinite(result.value), bound, jnp.inf)
 
 
 def _rule(function: str, adjoint: Any) -> AbstractAdjoint:
@@ -128,6 +159,7 @@ def hypergradient(
     adjoint: AbstractAdjoint | None = None,
     max_steps: int = 2000,
     throw: bool = True,
+    error_bound: ErrorBound | None = None,
 ) -> Hypergradient:
     """The gradient of h(x) = G(x, y*(x)) to the accuracy asked for.
 
@@ -137,7 +169,7 @@ def hypergradient(
     starts. `rtol`, `atol`: converged means 3 error <= max(rtol |gradient|, atol). `solver`: None (Newton steps where
     they work, jaxopt's L-BFGS where they do not, or the inner problem's own), an object of `bilevel.solvers`, an
     optimistix solver, a jaxopt class, or a function `x -> y`. `adjoint`: the derivative rule, `ImplicitAdjoint()`.
-    `max_steps`: steps of the inner solver in all.
+    `max_steps`: steps of the inner solver in all. `error_bound`: as for `estimate`.
 
     **Returns:** a `Hypergradient`. Its value, gradient and y can be differentiated again.
 
@@ -153,7 +185,7 @@ def hypergradient(
     result = finish("hypergradient", result, result.converged, result.status, throw, problem.inner, x, y0)
     if not trees.is_traced(touches) and not bool(touches) and bool(jnp.isfinite(result.value)):
         _warn_if_x_is_absent(problem.inner, x, result.y)
-    return result
+    return _bounded("hypergradient", result, problem, x, adjoint, error_bound)
 
 
 @eqx.filter_jit

@@ -154,7 +154,7 @@ class ConjugateGradient(AbstractLinearSolver):
 
     **Arguments:** `rtol`: relative residual to stop at; None: what the caller needs. `preconditioner`: None, a
     function v -> M v on y's structure (M near the inverse Hessian, symmetric positive definite), a lineax operator,
-    or an object with `prepare(system)` and `apply(state, v)` such as `bilevel.linear.Nystrom`. `max_steps`: 10 n + 10.
+    or an object with `prepare(system)` and `apply(state, v)` such as `Nystrom(rank)`. `max_steps`: 10 n + 10.
 
     A singular Hessian is detected by vanishing Ritz values only: null directions that the right-hand side does not
     excite are missed. On a problem whose dF/dy is not symmetric positive definite it is refused.

@@ -348,6 +348,10 @@ class AbstractBilevelProblem(eqx.Module):
         """Whether G_y(x, y*(x)) = 0 at every x (inner and outer objective coincide): then no adjoint is solved for."""
         return False
 
+    def error_constants(self, x: PyTree) -> Any:
+        """The `ErrorBound` that holds at x, from which every hypergradient gets a guaranteed bound, or None."""
+        return None
+
     @property
     def prox(self) -> Callable | None:
         """`prox(x, t)` of t times a penalty that `minimize` adds to the outer function, or None."""
