@@ -7,12 +7,13 @@ PY := .venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help demo test lint docs clean gone
+.PHONY: help demo test test-slow lint docs clean gone
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    tune a model by hypergradients and draw what happened"
 	@echo "make test    lint, type check, tests"
+	@echo "make test-slow   the tests that take minutes"
 	@echo "make lint    the first two of these"
 	@echo "make docs    the documentation, in build/docs/index.html"
 	@echo "make clean   remove .venv and everything built"
@@ -21,7 +22,10 @@ demo: .venv/.ready-examples
 	@MPLBACKEND=Agg $(PY) examples/plot_tune_logistic.py
 
 test: lint
-	@$(PY) -m pytest -n 2
+	@$(PY) -m pytest -n 2 -m "not slow"
+
+test-slow: .venv/.ready-test
+	@$(PY) -m pytest -n 2 -m slow
 
 lint: .venv/.ready-test
 	@$(PY) -m ruff check
