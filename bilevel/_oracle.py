@@ -18,6 +18,9 @@ _FIRST = 1e-3  # relative accuracy of the first hypergradient, before anything i
 _SHARE = 1e-2  # afterwards: error against the projected gradient, which is all that an outer step sees
 
 
+_ASIDE = (-1e-6, 1e-6, -1e-4, 1e-4)  # relative steps off a kink of h
+
+
 class Evaluation(NamedTuple):
     """One evaluation on the host: everything a step, a callback or a checkpoint needs. Flat NumPy arrays."""
 
@@ -103,7 +106,16 @@ class Oracle:
         guess = jnp.zeros_like(self.y) if self.guess is None else self.guess
         aim = max(rtol, 0.3 * atol / self.length) if self.length > 0 else rtol
         goals = tuple(jnp.asarray(goal, self.dtype) for goal in (rtol, atol, aim))
-        result, extras = _evaluate(self.problem, tree, y, goals, self.solver, self.adjoint, self.max_inner_steps, guess)
+        settings = (self.solver, self.adjoint, self.max_inner_steps, guess)
+        result, extras = _evaluate(self.problem, tree, y, goals, *settings)
+        # A line search that closes in on a kink of h ends up on it, where h has a value but no gradient. Beside it
+        # there is one, and the value is the same to the length of the step aside.
+        for aside in _ASIDE:
+            if result.status.word != "degenerate_active_set":
+                break
+            near = x + aside * np.maximum(1.0, np.abs(x))
+            tree = self.unravel_x(jnp.asarray(near, self.dtype))
+            result, extras = _evaluate(self.problem, tree, y, goals, *settings)
         word = result.status.word
         if word not in ("converged", "round_off"):
             message = explain("minimize", result, result.status, self.problem.inner, tree, y)

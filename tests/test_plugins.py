@@ -7,9 +7,10 @@ import bilevel.testing
 from problems import tuning
 
 CASES = {f"tuning: {name}": make for name, make in tuning.examples().items()}
+QUICK = ("tuning: ridge, folds, shared", "tuning: kernel ridge, leave-one-out")  # the others run in `make test-slow`
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_listed_problems_pass_the_checks(name):
     problem, x, y0 = CASES[name](jax.random.PRNGKey(1))
     bilevel.testing.check_problem(problem, x, y0)

@@ -6,7 +6,35 @@ recompile anything, and it contains no derivatives.
 """
 
 from ._examples import examples
+from .additive import AdditiveTuning
+from .cleaning import DataCleaning
+from .denoising import DenoisingTuning
+from .elastic_net import ElasticNetTuning
+from .gaussian_process import GaussianProcessTuning
+from .group_lasso import GroupLassoTuning
+from .huber import HuberTuning
+from .kernel_ridge import KernelRidgeTuning
+from .lasso import LassoTuning
 from .logistic import LogisticTuning
+from .multinomial import MultinomialTuning
+from .poisson import PoissonTuning
 from .ridge import RidgeTuning
+from .support_vector import SupportVectorTuning
 
-__all__ = ["LogisticTuning", "RidgeTuning", "examples"]
+__all__ = [
+    "AdditiveTuning",
+    "DataCleaning",
+    "DenoisingTuning",
+    "ElasticNetTuning",
+    "GaussianProcessTuning",
+    "GroupLassoTuning",
+    "HuberTuning",
+    "KernelRidgeTuning",
+    "LassoTuning",
+    "LogisticTuning",
+    "MultinomialTuning",
+    "PoissonTuning",
+    "RidgeTuning",
+    "SupportVectorTuning",
+    "examples",
+]

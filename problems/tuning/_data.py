@@ -20,7 +20,7 @@ def features(owner: str, name: str, X: Any, *, columns: int | None = None) -> Ar
     """
     if hasattr(X, "toarray"):
         raise ValueError(f"{owner}: `{name}` is a sparse matrix; this model needs a dense one, {name}.toarray().")
-    array = _real(owner, name, X)
+    array = real(owner, name, X)
     if array.ndim != 2:
         hint = f"; one feature is {name}[:, None]" if array.ndim == 1 else ""
         raise ValueError(f"{owner}: `{name}` must have shape (rows, features), found shape {array.shape}{hint}.")
@@ -33,7 +33,7 @@ def features(owner: str, name: str, X: Any, *, columns: int | None = None) -> Ar
 
 def targets(owner: str, name: str, y: Any, X_name: str, X: Array) -> Array:
     """y as an array of shape (n,) in X's dtype, one entry per row of X; raises ValueError for anything else."""
-    array = _real(owner, name, y)
+    array = real(owner, name, y)
     if array.ndim != 1:
         raise ValueError(f"{owner}: `{name}` must have one axis, found shape {array.shape}.")
     if array.shape[0] != X.shape[0]:
@@ -41,7 +41,8 @@ def targets(owner: str, name: str, y: Any, X_name: str, X: Array) -> Array:
     return array.astype(X.dtype)
 
 
-def _real(owner: str, name: str, values: Any) -> Array:
+def real(owner: str, name: str, values: Any) -> Array:
+    """Values as a floating array of any shape; raises ValueError for what is not real or not finite."""
     if isinstance(values, jax.core.Tracer):  # shapes are known, entries are not
         return values if jnp.issubdtype(values.dtype, jnp.floating) else values.astype(float)
     array = values if isinstance(values, jax.Array) else np.asarray(values)

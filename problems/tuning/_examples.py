@@ -7,8 +7,20 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from .additive import AdditiveTuning
+from .cleaning import DataCleaning
+from .denoising import DenoisingTuning
+from .elastic_net import ElasticNetTuning
+from .gaussian_process import GaussianProcessTuning
+from .group_lasso import GroupLassoTuning
+from .huber import HuberTuning
+from .kernel_ridge import KernelRidgeTuning
+from .lasso import LassoTuning
 from .logistic import LogisticTuning
+from .multinomial import MultinomialTuning
+from .poisson import PoissonTuning
 from .ridge import RidgeTuning
+from .support_vector import SupportVectorTuning
 
 
 def _data(key: jax.Array, rows: int = 24, columns: int = 4):
@@ -18,29 +30,61 @@ def _data(key: jax.Array, rows: int = 24, columns: int = 4):
     return X, score
 
 
-def _ridge_held_out(key):
-    X, y = _data(key)
-    problem = RidgeTuning(X[:16], y[:16], X[16:], y[16:])
-    return problem, *problem.initial()
+def _signs(score):
+    return jnp.where(score > jnp.median(score), 1, -1)
 
 
-def _ridge_folds(key):
-    X, y = _data(key)
-    problem = RidgeTuning(X, y, cv=3, penalties="shared")
-    return problem, *problem.initial()
+def _counts(score):
+    return jnp.round(jnp.exp(0.3 * score) + 0.5)
 
 
-def _logistic_groups(key):
-    X, score = _data(key)
-    labels = jnp.where(score > jnp.median(score), 1, -1)
-    problem = LogisticTuning(X, labels, cv=2, groups=[0, 0, 1, 1])
+def _held_out(model, targets=lambda score: score, **options):
+    def make(key):
+        X, y = _data(key)
+        y = targets(y)
+        problem = model(X[:16], y[:16], X[16:], y[16:], **options)
+        return problem, *problem.initial()
+
+    return make
+
+
+def _folds(model, targets=lambda score: score, cv=2, **options):
+    def make(key):
+        X, y = _data(key)
+        problem = model(X, targets(y), cv=cv, **options)
+        return problem, *problem.initial()
+
+    return make
+
+
+def _thirds(score):
+    return jnp.digitize(score, jnp.quantile(score, jnp.asarray([0.33, 0.66])))
+
+
+def _denoising(key):
+    first, second = jax.random.split(key)
+    clean = jnp.cumsum(jax.random.normal(first, (1, 5, 5)), axis=2)
+    noisy = clean + 0.5 * jax.random.normal(second, clean.shape)
+    problem = DenoisingTuning(noisy, clean, size=2, filters=2, delta=0.3)
     return problem, *problem.initial()
 
 
 def examples() -> dict[str, Callable]:
     """A dict from a name to a function `key -> (problem, x, y0)`."""
     return {
-        "ridge, held out": _ridge_held_out,
-        "ridge, folds, shared": _ridge_folds,
-        "logistic, folds, groups": _logistic_groups,
+        "ridge, held out": _held_out(RidgeTuning),
+        "ridge, folds, shared": _folds(RidgeTuning, cv=3, penalties="shared"),
+        "logistic, folds, groups": _folds(LogisticTuning, _signs, groups=[0, 0, 1, 1]),
+        "multinomial, held out": _held_out(MultinomialTuning, _thirds, penalties="per-class"),
+        "lasso, held out": _held_out(LassoTuning),
+        "elastic net, held out": _held_out(ElasticNetTuning),
+        "group lasso, held out": _held_out(GroupLassoTuning, groups=[0, 0, 1, 1]),
+        "poisson, folds": _folds(PoissonTuning, _counts),
+        "huber, held out": _held_out(HuberTuning),
+        "support vector, held out": _held_out(SupportVectorTuning, _signs),
+        "kernel ridge, leave-one-out": _folds(KernelRidgeTuning, cv="loo"),
+        "gaussian process, marginal likelihood": _folds(GaussianProcessTuning, cv="marginal-likelihood"),
+        "additive, generalized cross-validation": _folds(AdditiveTuning, cv="gcv", splines=5),
+        "data cleaning": _held_out(DataCleaning, _thirds),
+        "denoising": _denoising,
     }

@@ -15,12 +15,14 @@ def folds(owner: str, cv: Any, X: Any, y: Any, *, stratified: bool) -> list[tupl
 
     `cv=K` shuffles the rows once and cuts them as scikit-learn's `KFold(K, shuffle=True, random_state=0)` does, or,
     `stratified`, as its `StratifiedKFold`: every fold has the class frequencies of y up to rounding. Otherwise `cv`
-    is a sequence of such pairs, or an object with scikit-learn's `split(X, y)`.
+    is "loo" (each row is a fold), a sequence of such pairs, or an object with scikit-learn's `split(X, y)`.
 
     Raises ValueError for a K outside [2, n] (stratified: outside [2, size of the smallest class]) and for pairs that
     are empty, out of range, or validate on a row they train on; TypeError for anything that is neither.
     """
     n = len(y)
+    if isinstance(cv, str) and cv == "loo":
+        return _pairs(np.arange(n), n)
     if isinstance(cv, (int, np.integer)) and not isinstance(cv, bool):
         return _pairs(_assign(owner, int(cv), y, stratified), int(cv))
     split = None if isinstance(cv, (str, bytes)) else getattr(cv, "split", None)

@@ -1,8 +1,9 @@
-"""What the tuning of models that are linear in their weights has in common: inner problem, outer function, start."""
+"""What linear models share: the training of their weights, and the bilevel problem around it."""
 
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -13,24 +14,24 @@ import bilevel
 from bilevel.linear import DENSE_LIMIT
 from bilevel.solvers.newton import DampedNewton
 
-from ._criteria import AbstractCriterion, RowLoss
+from ._criteria import AbstractCriterion, RowLosses
 from ._foldwise import Foldwise
-from ._penalties import Penalties
+from ._penalties import AbstractPenalties
 
 
 class Training(bilevel.AbstractInner):
-    """Minimize over the weights the mean training loss plus (1/2p) sum_j exp(x_j) w_j^2, in every fold.
+    """Minimize over the weights the mean training loss plus a quadratic penalty, in every fold.
 
     A `bilevel.Minimization` that knows where to start and that folds do not interact.
     """
 
     criterion: AbstractCriterion
-    penalties: Penalties
-    loss: RowLoss = eqx.field(static=True)
+    penalties: AbstractPenalties
+    losses: Callable = eqx.field(static=True)
 
     def objective(self, x: Array, y: Array) -> Float[Array, ""]:
         """The objective, summed over folds."""
-        return self.criterion.training(self.loss, lambda w: self.penalties.ridge(x, w), y)
+        return self.criterion.training(at(x, self.losses), lambda w: self.penalties.ridge(x, w), y)
 
     @property
     def _minimization(self) -> bilevel.Minimization:
@@ -46,7 +47,7 @@ class Training(bilevel.AbstractInner):
         self._minimization.check(x, y)
 
     def initial(self):
-        """Zero weights, of shape (p,) or (folds, p)."""
+        """The weights to start from, with a leading fold axis where there are folds."""
         return self.criterion.initial()
 
     @property
@@ -64,7 +65,7 @@ class Training(bilevel.AbstractInner):
     @property
     def linear_solver(self):
         folds = self.criterion.folds
-        small = self.criterion.X.shape[1] <= DENSE_LIMIT
+        small = self.criterion.start.size <= DENSE_LIMIT
         return Foldwise(folds) if folds is not None and small else None
 
     @property
@@ -74,34 +75,44 @@ class Training(bilevel.AbstractInner):
 
 
 class AbstractLinearTuning(bilevel.AbstractBilevelProblem):
-    """A criterion, penalties and a loss per row: `loss(prediction, target)`, elementwise."""
+    """A criterion, penalties and the loss of each row."""
 
     criterion: eqx.AbstractVar[AbstractCriterion]
-    penalties: eqx.AbstractVar[Penalties]
+    penalties: eqx.AbstractVar[AbstractPenalties]
 
     @staticmethod
     @abc.abstractmethod
-    def loss(prediction: Float[Array, " n"], target: Float[Array, " n"]) -> Float[Array, " n"]:
+    def losses(x: Array, X: Float[Array, "n p"], w: Array, targets: Array) -> Float[Array, " n"]:
         """The loss of each row, shape (n,)."""
 
     @property
     def inner(self) -> Training:
         """The training of the weights, in all folds at once where there are folds."""
-        return Training(self.criterion, self.penalties, self.loss)
+        return Training(self.criterion, self.penalties, self.losses)
 
     def outer(self, x: ArrayLike, y: ArrayLike) -> Float[Array, ""]:
         """The mean loss on the validation rows, averaged over folds."""
-        return self.criterion.validation(self.loss, jnp.asarray(y))
+        return self.criterion.validation(at(x, self.losses), jnp.asarray(y))
 
     def initial(self) -> tuple[Array, Array]:
-        """`(x0, y0)`: zeros of the problem's shapes and dtype."""
+        """`(x0, y0)` to start from: log-penalties of zero, and weights of zero."""
         return jnp.zeros(self.penalties.shape, self.criterion.X.dtype), self.criterion.initial()
 
-    def refit(self, x: ArrayLike) -> Float[Array, " p"]:
+    def refit(self, x: ArrayLike) -> Float[Array, "..."]:
         """The weights trained at x on all rows of `X` and `y`: the model to keep after tuning. Differentiable in x.
 
         With `cv` these are the rows of all folds; a validation set stays aside. Raises `bilevel.NotConverged`.
         """
-        inner = Training(self.criterion.everything(), self.penalties.unshared(), self.loss)
-        x = self.penalties.per_feature(jnp.asarray(x, self.criterion.X.dtype))  # one compilation for all kinds
+        penalties, x = self.penalties.general(jnp.asarray(x, self.criterion.X.dtype))
+        inner = Training(self.criterion.everything(), penalties, self.losses)
         return bilevel.solve(inner, x, inner.initial()).y[0]
+
+
+def at(x: Array, losses: Callable) -> RowLosses:
+    """The losses at x."""
+    return lambda X, w, targets: losses(x, X, w, targets)
+
+
+def squared(x: Array, X: Float[Array, "n p"], w: Float[Array, " p"], targets: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Half the squared error of each row."""
+    return 0.5 * jnp.square(X @ w - targets)

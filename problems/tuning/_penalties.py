@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import equinox as eqx
@@ -12,45 +13,86 @@ from jaxtyping import Array, Float
 KINDS = ("per-feature", "shared")
 
 
-class Penalties(eqx.Module):
-    """(1/2p) sum_j exp(x_j) w_j^2 over p features, x of shape `shape`: (p,), () when shared, (number of groups,)."""
+class AbstractPenalties(eqx.Module):
+    """Interface of what is added to the training loss: x of shape `shape`, and a quadratic penalty `ridge(x, w)`."""
+
+    shape: eqx.AbstractVar[tuple[int, ...]]
+
+    @abc.abstractmethod
+    def ridge(self, x: Array, w: Array) -> Float[Array, ""]:
+        """The penalty of the weights w of one model."""
+
+    def general(self, x: Array) -> tuple[AbstractPenalties, Array]:
+        """The same penalty and x, in the form that most kinds share: so that they compile once together."""
+        return self, x
+
+
+class Penalties(AbstractPenalties):
+    """(scale/2) sum_j exp(x_j) w_j^2 over p features, x of shape `shape`: (p,), () when shared, (number of groups,).
+
+    `scale` is 1/p unless said otherwise. Weights may have a leading axis of classes; with `classes` given, "per-class"
+    is a kind as well, and x then has shape (classes,).
+    """
 
     features: int = eqx.field(static=True)
     shape: tuple[int, ...] = eqx.field(static=True)
     groups: tuple[int, ...] | None = eqx.field(static=True)
+    per_class: bool = eqx.field(static=True)
+    scale: float = eqx.field(static=True)
 
-    def __init__(self, owner: str, penalties: Any, groups: Any, features: int, *, default: str = "per-feature"):
-        if not (isinstance(penalties, str) and penalties in KINDS):
-            words = " or ".join(repr(kind) for kind in KINDS)
+    def __init__(
+        self,
+        owner: str,
+        penalties: Any,
+        groups: Any,
+        features: int,
+        *,
+        default: str = "shared",
+        classes: int | None = None,
+        scale: float | None = None,
+    ):
+        kinds = KINDS if classes is None else (*KINDS, "per-class")
+        if not (isinstance(penalties, str) and penalties in kinds):
+            words = " or ".join(repr(kind) for kind in kinds)
             raise ValueError(f"{owner}: `penalties` must be {words} (or pass `groups`), found {penalties!r}.")
         self.features = features
+        self.scale = 1 / features if scale is None else scale
+        self.per_class = penalties == "per-class"
         self.groups = None
         if groups is None:
-            self.shape = () if penalties == "shared" else (features,)
+            sizes = {"shared": (), "per-feature": (features,), "per-class": (classes,)}
+            self.shape = sizes[penalties]  # type: ignore[assignment]
             return
         if penalties != default:
             raise ValueError(f"{owner}: pass `groups` or `penalties={penalties!r}`, not both.")
-        self.groups = _group_numbers(owner, groups, features)
+        self.groups = group_numbers(owner, groups, features)
         self.shape = (max(self.groups) + 1,)
 
-    def per_feature(self, x: Float[Array, "..."]) -> Float[Array, " p"]:
-        """x spread over the features, shape (p,)."""
+    def spread(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """x spread over the weights: shape (p,), or (classes, 1) where each class has its own."""
         if jnp.shape(x) != self.shape:
             raise ValueError(f"the log-penalties x must have shape {self.shape}, found {jnp.shape(x)}.")
+        if self.per_class:
+            return x[:, None]
         if self.groups is not None:
             return x[np.asarray(self.groups)]
         return jnp.broadcast_to(x, (self.features,))
 
-    def unshared(self) -> Penalties:
-        """One penalty per feature, for the log-penalties that `per_feature` gives."""
-        return Penalties("", "per-feature", None, self.features)
+    def general(self, x):
+        if self.per_class:
+            return self, x
+        return Penalties("", "per-feature", None, self.features, scale=self.scale), self.spread(x)
 
-    def ridge(self, x: Float[Array, "..."], w: Float[Array, " p"]) -> Float[Array, ""]:
-        """(1/2p) sum_j exp(x_j) w_j^2."""
-        return jnp.vdot(jnp.exp(self.per_feature(x)), jnp.square(w)) / (2 * self.features)
+    def ridge(self, x: Float[Array, "..."], w: Float[Array, "..."]) -> Float[Array, ""]:
+        """(scale/2) sum_j exp(x_j) w_j^2."""
+        return jnp.sum(jnp.exp(self.spread(x)) * jnp.square(w)) * (self.scale / 2)
+
+    def lasso(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The weights exp(x_j) of |w_j|."""
+        return jnp.exp(self.spread(x))
 
 
-def _group_numbers(owner: str, groups: Any, features: int) -> tuple[int, ...]:
+def group_numbers(owner: str, groups: Any, features: int) -> tuple[int, ...]:
     array = np.asarray(groups)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(

@@ -6,13 +6,12 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from ._criteria import AbstractCriterion, CrossValidation, criterion
+from ._criteria import AbstractCriterion, criterion
+from ._labels import check_folds, negative_label, signs
 from ._linear import AbstractLinearTuning
 from ._penalties import Penalties
 
@@ -62,67 +61,25 @@ class LogisticTuning(AbstractLinearTuning):
         penalties: Any = "per-feature",
         groups: Any = None,
     ):
-        self.negative = _negative_label(y)
-        y = _signs("y", y, self.negative)
-        y_val = None if y_val is None else _signs("y_val", y_val, self.negative)
+        self.negative = negative_label("LogisticTuning", y)
+        y = signs("LogisticTuning", "y", y, self.negative)
+        y_val = None if y_val is None else signs("LogisticTuning", "y_val", y_val, self.negative)
         self.criterion = criterion("LogisticTuning", X, y, X_val, y_val, cv, stratified=True)
-        self.penalties = Penalties("LogisticTuning", penalties, groups, self.criterion.X.shape[1])
-        if isinstance(self.criterion, CrossValidation):
-            _check_folds(y, self.criterion.train)
+        p = self.criterion.X.shape[1]
+        self.penalties = Penalties("LogisticTuning", penalties, groups, p, default="per-feature")
+        check_folds("LogisticTuning", self.criterion)
 
     @staticmethod
-    def loss(prediction, target):
-        return jax.nn.softplus(-target * prediction)
+    def losses(x, X, w, targets):
+        return jax.nn.softplus(-targets * (X @ w))
 
     def predict_proba(self, y: ArrayLike, X: Any) -> Float[Array, " m"]:
         """The probabilities of class 1, shape (m,), for X of shape (m, p) and weights of shape (p,), such as `refit`
         gives. For the weights of K folds, shape (K, p), the average of their probabilities.
         """
-        return jax.nn.sigmoid(self.criterion.scores("LogisticTuning.predict_proba", y, X)).mean(axis=0)
+        X = self.criterion.rows("LogisticTuning.predict_proba", X)
+        return jax.nn.sigmoid(self.criterion.models("LogisticTuning.predict_proba", y) @ X.T).mean(axis=0)
 
     def predict(self, y: ArrayLike, X: Any) -> Int[Array, " m"]:
         """The labels, shape (m,), coded as those given (0/1 or ±1): 1 where `predict_proba` exceeds one half."""
         return jnp.where(self.predict_proba(y, X) > 0.5, 1, self.negative)
-
-
-def _negative_label(y: Any) -> int:
-    """0 or -1, whichever the other class of y is called; ValueError naming what was found instead."""
-    found = _values(y)
-    for negative in (0, -1):
-        if found == {negative, 1}:
-            return negative
-    if len(found) == 1 and found <= {0, 1, -1}:
-        raise ValueError(f"LogisticTuning: `y` has one class only, all its labels are {found.pop():g}.")
-    raise ValueError(f"LogisticTuning: the labels `y` must be 0 and 1, or -1 and 1, found {_listed(found)}.")
-
-
-def _signs(name: str, y: Any, negative: int) -> np.ndarray:
-    """Labels as -1.0 and 1.0, of y's shape."""
-    found = _values(y)
-    if not found <= {negative, 1}:
-        raise ValueError(
-            f"LogisticTuning: the labels `{name}` must be {negative} and 1, as in `y`, found {_listed(found)}."
-        )
-    return np.where(np.asarray(y) == 1, 1.0, -1.0)
-
-
-def _values(y: Any) -> set:
-    array = np.asarray(y).ravel()
-    if array.dtype.kind in "biuf":
-        return set(np.unique(array.astype(float)).tolist())
-    return set(map(str, array.tolist()))
-
-
-def _listed(found: set) -> str:
-    some = sorted(found, key=str)
-    return ", ".join(f"{v:g}" if isinstance(v, float) else repr(v) for v in some[:5]) + (", …" if len(some) > 5 else "")
-
-
-def _check_folds(signs: np.ndarray, train: Array) -> None:
-    """Raises ValueError where a fold trains on one class only."""
-    if isinstance(train, jax.core.Tracer):
-        return
-    weights = np.asarray(train)
-    alone = np.flatnonzero(~((weights @ (signs > 0) > 0) & (weights @ (signs < 0) > 0)))
-    if alone.size:
-        raise ValueError(f"LogisticTuning: `cv`, fold {alone[0]}: its training rows have one class only.")
