@@ -100,6 +100,9 @@ def finish(function: str, result: PyTree, converged, status: Status, throw: bool
 def explain(function: str, result: Any, status: Status, inner, x, y0) -> str:
     """One paragraph: what happened, the numbers, the leaf at fault where there is one, what to do."""
     text = f"bilevel.{function}: {status.meaning}."
+    own = None if trees.is_traced((inner, x, y0)) else inner.trouble_at(x, y0)
+    if own is not None:
+        return f"bilevel.{function}: {own}"
     if status.word in ("non_finite", "singular", "not_a_minimum", "unbounded", "max_steps", "linear_solve"):
         culprit = find_non_finite(inner, x, y0)
         if culprit:

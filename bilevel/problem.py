@@ -83,6 +83,7 @@ class AbstractInner(eqx.Module):
     - `multipliers_at(x, y)`: of the constraints, at a solution, or None;
     - `size_of_error(x, y, F, step)`: (error, scale) by which `solve` judges its rtol, or None: the norm of the
       Newton step against the norm of y;
+    - `trouble_at(x, y)`: after a failure, outside tracing: a sentence about the data that makes it one, or None;
     - `initial()`: a y to start from (plugins).
     """
 
@@ -144,6 +145,9 @@ class AbstractInner(eqx.Module):
     def is_objective(self, function: Any) -> bool:
         """Whether `function` is the objective that y*(x) minimizes without constraints, equal data included."""
         return False
+
+    def trouble_at(self, x: PyTree, y: PyTree) -> str | None:
+        return None
 
     def check(self, x: PyTree, y: PyTree) -> None:
         """Raises ValueError unless F can be evaluated at (x, y) and has y's structure and shapes (shapes only)."""

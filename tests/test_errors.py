@@ -510,3 +510,18 @@ def test_integer_and_boolean_data_are_fine():
     problem = BilevelProblem(Minimization(inner), GLMOuter(inner.X, inner.b, jnp.asarray(0, jnp.int32)))
     g = jax.grad(lambda x: problem.outer(x, bilevel.solve(problem.inner, x, case.y0).y))(case.x)
     assert relative(g, reference(problem, case.x, case.y0).gradient) < 1e-9
+
+
+class _Knowing(bilevel.AbstractInner):
+    """A root without a solution that can say why."""
+
+    def optimality(self, x, y):
+        return x + y**2
+
+    def trouble_at(self, x, y):
+        return f"x is {float(x):g}, and no square is negative."
+
+
+def test_an_inner_problem_may_say_itself_what_is_wrong():
+    with pytest.raises(NotConverged, match="bilevel.solve: x is 1, and no square is negative"):
+        bilevel.solve(_Knowing(), jnp.asarray(1.0), jnp.asarray(0.5))
