@@ -123,8 +123,8 @@ def schur_matrix(corner: Array, inverse: Array, diagonal: Array, gauge: Array | 
 
 
 class SchurComplement(AbstractLinearSolver):
-    """Solves with a `DualHessian`. `direct=True`: Cholesky of the Schur complement on the smaller side; False: conjugate
-    gradients on it, scaled by its diagonal, constants deflated; None: the first up to a measured size.
+    """Solves with a `DualHessian`. `direct=True`: Cholesky of the Schur complement on the smaller side; False:
+    conjugate gradients on it, scaled by its diagonal, constants deflated; None: the first up to a measured size.
 
     Where the Hessian has been put in other coordinates it is `bilevel.Direct`.
     """

@@ -59,7 +59,7 @@ class Matrix(AbstractPairs):
         return Matrix(self.costs.T)
 
     def exponentials(self, f, g, epsilon):
-        allowed = self.costs < jnp.inf
+        allowed = self.costs != jnp.inf
         exponent = (f[:, None] + g[None, :] - jnp.where(allowed, self.costs, 0)) / epsilon
         return jnp.where(allowed, jnp.exp(jnp.where(allowed, exponent, 0)), 0)
 
@@ -74,22 +74,22 @@ class Matrix(AbstractPairs):
         return ahead, back
 
     def soft_min(self, g, b, epsilon):
-        allowed = (self.costs < jnp.inf) & (b > 0)[None, :]
+        allowed = (self.costs != jnp.inf) & (b > 0)[None, :]
         exponent = jnp.where(allowed, (g[None, :] - jnp.where(allowed, self.costs, 0)) / epsilon, -jnp.inf)
         top = lax.stop_gradient(jnp.max(exponent, axis=1))
         top = jnp.where(jnp.isfinite(top), top, 0)
         # the weights are factors, so that a weight of zero has a derivative too
         ceiling = ceiling_of(g)
-        raw = (g[None, :] - jnp.where(self.costs < jnp.inf, self.costs, 0)) / epsilon - top[:, None]
-        terms = jnp.where(self.costs < jnp.inf, jnp.exp(jnp.minimum(raw, ceiling)), 0)
+        raw = (g[None, :] - jnp.where(self.costs != jnp.inf, self.costs, 0)) / epsilon - top[:, None]
+        terms = jnp.where(self.costs != jnp.inf, jnp.exp(jnp.minimum(raw, ceiling)), 0)
         total = terms @ b
         return jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1)) + top, -jnp.inf)
 
     def open_rows(self, b):
-        return jnp.any((self.costs < jnp.inf) & (b > 0)[None, :], axis=1)
+        return jnp.any((self.costs != jnp.inf) & (b > 0)[None, :], axis=1)
 
     def spread(self):
-        finite = self.costs < jnp.inf
+        finite = self.costs != jnp.inf
         low = jnp.min(jnp.where(finite, self.costs, jnp.inf))
         high = jnp.max(jnp.where(finite, self.costs, -jnp.inf))
         return jnp.where(high > low, high - low, 0)

@@ -5,7 +5,7 @@ choice between them. All maximize the dual; derivations in docs/theory/transport
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -109,24 +109,27 @@ def log_sweeps(dual: Dual, state: State, tol: Array, count: int) -> State:
     step_1, step_2 = (eta(t, dual.epsilon) * dual.epsilon for t in (dual.tau_1, dual.tau_2))
 
     def unfinished(carry):
-        s, k = carry
+        s, _, k = carry
         return (s.size > tol) & (k < count)
 
     def body(carry):
-        s, k = carry
+        s, gap_g, k = carry
         soft = dual.pairs.soft_min(s.g, dual.b, dual.epsilon)
         gap = dual.gap_f(s.f, soft)
+        # |F| at the point where this sweep begins: unknown before the first
+        size = jnp.where(k == 0, jnp.inf, jnp.sqrt(jnp.vdot(gap, gap) + jnp.vdot(gap_g, gap_g)))
         f = jnp.where((dual.a > 0) & jnp.isfinite(soft), -step_1 * soft, 0)
         soft = back.pairs.soft_min(f, dual.a, dual.epsilon)
-        # columns were right after the last sweep but for its translation
-        gap_g = back.gap_f(s.g, soft) if not dual.balanced else jnp.zeros_like(s.g)
         g = jnp.where((dual.b > 0) & jnp.isfinite(soft), -step_2 * soft, 0)
-        shift = dual.translate(f, g)
-        size = jnp.sqrt(jnp.vdot(gap, gap) + jnp.vdot(gap_g, gap_g))
-        f, g = jnp.where(dual.a > 0, f + shift, 0), jnp.where(dual.b > 0, g - shift, 0)
-        return State(f, g, size, size / jnp.where(s.size > 0, s.size, 1), s.steps + 1), k + 1
+        if not dual.balanced:
+            shift = dual.translate(f, g)
+            before = decay(g, dual.tau_2)
+            f, g = jnp.where(dual.a > 0, f + shift, 0), jnp.where(dual.b > 0, g - shift, 0)
+            gap_g = dual.b * (before - decay(g, dual.tau_2))  # but for this, columns are right after a sweep
+        rate = jnp.where(s.size < jnp.inf, size / jnp.where(s.size > 0, s.size, 1), 1)
+        return State(f, g, size, rate, s.steps + 1), gap_g, k + 1
 
-    return lax.while_loop(unfinished, body, (state, 0))[0]
+    return lax.while_loop(unfinished, body, (state, jnp.zeros_like(state.g), 0))[0]
 
 
 def kernel_sweeps(dual: Dual, state: State, tol: Array, count: int) -> State:
@@ -167,12 +170,14 @@ def kernel_sweeps(dual: Dual, state: State, tol: Array, count: int) -> State:
             if dual.tau_2 is not None:
                 slope = -epsilon / dual.tau_2
                 gap_g = jnp.where(columns > 0, want_g * (jnp.exp(slope * before) - jnp.exp(slope * new_v)), 0)
-        rate = size / jnp.where(last > 0, last, 1)
+        rate = jnp.where(last < jnp.inf, size / jnp.where(last > 0, last, 1), 1)
         return new_u, new_v, gap_g, size, rate, k + 1
 
     zero_f, zero_g = jnp.zeros_like(f0), jnp.zeros_like(g0)
     big = jnp.full_like(state.size, jnp.inf)
-    start = (zero_f, zero_g, zero_g, big, jnp.ones_like(big), 0)
+    columns = jnp.sum(K, axis=0)
+    gap_g = columns - want_g if dual.tau_2 is None else jnp.where(columns > 0, columns - want_g, 0)
+    start = (zero_f, zero_g, gap_g, big, jnp.ones_like(big), 0)
     log_u, log_v, _, size, rate, k = lax.while_loop(unfinished, body, start)
     return State(f0 + epsilon * log_u, g0 + epsilon * log_v, size, rate, state.steps + k)
 
@@ -227,7 +232,7 @@ def newton_step(dual: Dual, state: State) -> State:
 
 
 class Sinkhorn(AbstractSolver):
-    """Sinkhorn sweeps with the best translation after each (which makes weak marginal penalties as fast as strong ones).
+    """Sinkhorn sweeps, each followed by the best translation (so that penalised marginals are as fast as kept ones).
 
     **Arguments:** `domain`: "kernel" (matrix products; potentials are absorbed into the kernel before it can under- or
     overflow) or "log"; costs without a matrix are always treated in the log domain. `annealing`: begin at a larger
@@ -253,8 +258,8 @@ class SchurNewton(AbstractSolver):
 
 
 class Automatic(AbstractSolver):
-    """Sweeps on the kernel (in the log domain without a matrix), with annealing where epsilon is small, and Newton steps
-    as soon as the sweeps' own rate says that they would take longer."""
+    """Sweeps on the kernel (in the log domain without a matrix), with annealing where epsilon is small, and Newton
+    steps as soon as the sweeps' own rate says that they would take longer."""
 
     def find(self, inner, x, y0, *, tol, max_steps):
         return _find(inner, x, y0, tol, max_steps, "kernel", True, newton="auto")

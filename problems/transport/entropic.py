@@ -19,12 +19,13 @@ from . import _checks as checks
 from ._hessian import DualHessian, SchurComplement
 from ._pairs import AbstractPairs, Matrix
 from ._solvers import Automatic, Dual
+from ._trouble import trouble_with_costs
 
 
 class AbstractTransport(bilevel.AbstractInner):
     """What balanced and unbalanced transport share: everything but the constructor.
 
-    The dual, for potentials y = (f, g), with phi(f; a, t) = t sum_i a_i (1 - exp(-f_i / t)), which is <f, a> at t = inf:
+    The dual, for potentials y = (f, g), with phi(f; a, t) = t sum_i a_i (1 - exp(-f_i / t)), at t = inf <f, a>:
 
         Psi(f, g) = phi(f; a, tau_1) + phi(g; b, tau_2) - epsilon (|pi| - |a| |b|),
         pi_ij = a_i b_j exp((f_i + g_j - c_ij) / epsilon)
@@ -121,10 +122,8 @@ class AbstractTransport(bilevel.AbstractInner):
         second = columns / self.epsilon + _curvature(p.g, self.b, self._tau[1])
         etas = [_eta(t, self.epsilon) for t in self._tau]
         slow = 1 - etas[0] * etas[1]
-        return DualHessian(
-            p.pairs, p.f, p.g, self.a, self.b, self.epsilon, jnp.where(p.use_f, first, 1), jnp.where(p.use_g, second, 1),
-            slow,
-        )  # fmt: skip
+        first, second = jnp.where(p.use_f, first, 1), jnp.where(p.use_g, second, 1)
+        return DualHessian(p.pairs, p.f, p.g, self.a, self.b, self.epsilon, first, second, slow)
 
     def gauge_part(self, x, v):
         if not self._balanced:
@@ -148,9 +147,15 @@ class AbstractTransport(bilevel.AbstractInner):
             shape = found.costs.shape
             if shape != (len(self.a), len(self.b)):
                 raise ValueError(
-                    f"bilevel.{name}: `cost(x)` must have shape ({len(self.a)}, {len(self.b)}), one entry for each pair "
-                    f"of weights in `a` and `b`, found {shape}."
+                    f"bilevel.{name}: `cost(x)` must have shape ({len(self.a)}, {len(self.b)}), one entry for each "
+                    f"pair of weights in `a` and `b`, found {shape}."
                 )
+
+    def trouble_at(self, x, y):
+        pairs = self._cost_at(x)
+        if not isinstance(pairs, Matrix):
+            return None
+        return trouble_with_costs(pairs.costs, self.a, self.b, (self._tau[0] is None, self._tau[1] is None))
 
     # ---- parts
 
@@ -190,8 +195,8 @@ class AbstractTransport(bilevel.AbstractInner):
             use_f = use_f & (self.a > 0)
         if self._absent[1]:
             weights = self.a
-            limit = -_eta(self._tau[1], self.epsilon) * self.epsilon * pairs.swapped().soft_min(
-                f, weights, self.epsilon
+            limit = (
+                -_eta(self._tau[1], self.epsilon) * self.epsilon * pairs.swapped().soft_min(f, weights, self.epsilon)
             )
             g = jnp.where(self.b > 0, g, jnp.where(jnp.isfinite(limit), limit, 0))
             use_g = use_g & (self.b > 0)

@@ -53,7 +53,9 @@ def both_outer(p):
     """The value, and a function of the coupling, at the solution."""
     ot = build(p)
     y = bilevel.solve(ot, p["x"], ot.initial()).y
-    return ot.value(p["x"], y), jnp.sum(W * ot.coupling(p["x"], y) ** 2)
+    pi = ot.coupling(p["x"], y)
+    weights = np.pad(W, [(0, k - len_) for k, len_ in zip(pi.shape, W.shape, strict=True)])
+    return ot.value(p["x"], y), jnp.sum(weights * pi**2)
 
 
 def both_reference(p):
@@ -137,3 +139,205 @@ def test_derivatives_of_the_value_are_the_envelopes():
     np.testing.assert_allclose(g["tau"], [kl(pi.sum(1), a), kl(pi.sum(0), b)], rtol=1e-8)
     f = -t1 * np.log(pi.sum(1) / a)
     np.testing.assert_allclose(g["a"], -t1 * np.expm1(-f / t1) - EPSILON * (np.exp(-f / t1) - b.sum()), rtol=1e-8)
+
+
+# ------------------------------------------------------------------------------------------------ what the engine needs
+
+
+def outer_of_potentials(x, y):
+    return jnp.sum(jnp.sin(y[0])) + jnp.sum(y[1] ** 2)
+
+
+def test_outer_functions_of_the_potentials():
+    """Unbalanced: any. Balanced: those that do not see the gauge; the others are refused, not answered."""
+    p = parameters("both")
+    found = bilevel.hypergradient(bilevel.BilevelProblem(build(p), outer_of_potentials), p["x"], build(p).initial())
+    at = lambda s: reference(C0 + (X + s) * C1, p["a"], p["b"], EPSILON, *TAUS["both"])[2:]
+    expected = derivative(lambda s: outer_of_potentials(None, at(s)), 0.005)
+    np.testing.assert_allclose(found.gradient, expected, rtol=1e-6)
+
+    p = parameters("balanced")
+    with pytest.raises(bilevel.NotConverged, match="changes along the declared gauge"):
+        bilevel.hypergradient(bilevel.BilevelProblem(build(p), outer_of_potentials), p["x"], build(p).initial())
+
+
+def test_every_solver_finds_the_same():
+    p = parameters("both")
+    ot = build(p)
+    pi = reference(C0 + X * C1, p["a"], p["b"], EPSILON, *TAUS["both"])[0]
+    for solver in (transport.Sinkhorn("log"), transport.Sinkhorn("kernel"), transport.SchurNewton()):
+        solution = bilevel.solve(ot, p["x"], ot.initial(), solver=solver)
+        np.testing.assert_allclose(ot.coupling(X, solution.y), pi, rtol=1e-8, err_msg=str(solver))
+    with pytest.raises(ValueError, match="domain must be 'kernel' or 'log'"):
+        transport.Sinkhorn("primal")
+
+
+# ------------------------------------------------------------------------------------------------ zero, infinity
+
+
+@pytest.mark.parametrize("kind", ["balanced", "both"])
+def test_a_weight_of_zero_is_a_point_that_is_not_there(kind):
+    p = parameters(kind)
+    C = C0 + X * C1
+    more = {
+        "C0": np.pad(C0, ((0, 1), (0, 1)), constant_values=0.3), "C1": np.pad(C1, ((0, 1), (0, 1))),
+        "a": np.append(p["a"], 0.0), "b": np.append(p["b"], 0.0),
+    }  # fmt: skip
+    more = p | jax.tree.map(jnp.asarray, more)
+    ot = build(more)
+    y = bilevel.solve(ot, p["x"], ot.initial()).y
+    pi, value, f, g = reference(C, p["a"], p["b"], EPSILON, *TAUS[kind])
+    np.testing.assert_allclose(ot.coupling(X, y), np.pad(pi, ((0, 1), (0, 1))), rtol=1e-8)
+    np.testing.assert_allclose(ot.value(X, y), value, rtol=1e-9)
+
+    # the derivative in that weight is the one from above: mass moved there (taken from everywhere when balanced)
+    def along(s):
+        a = more["a"] + s * jnp.asarray(np.eye(N + 1)[N])
+        a = a / jnp.sum(a) * jnp.sum(p["b"]) if kind == "balanced" else a
+        return both_outer(more | {"a": a})
+
+    slopes = jax.jit(jax.jacfwd(along))(0.0)
+    spread = np.pad(W, ((0, 1), (0, 1)))
+
+    def moved(s):
+        a = np.append(p["a"], s)
+        a = a / a.sum() * np.sum(p["b"]) if kind == "balanced" else a
+        costs = np.asarray(more["C0"] + X * more["C1"])[:, :M]
+        coupling, value, *_ = reference(costs, a, p["b"], EPSILON, *TAUS[kind])
+        return np.array([value, np.sum(spread[:, :M] * coupling**2)])
+
+    h = 2e-4
+    one_sided = (-11 * moved(0) + 18 * moved(h) - 9 * moved(2 * h) + 2 * moved(3 * h)) / (6 * h)
+    np.testing.assert_allclose(slopes, one_sided, rtol=1e-6, atol=1e-8)
+
+
+def solved(ot, x=jnp.asarray(X), **options):
+    return bilevel.solve(ot, x, ot.initial(), **options)
+
+
+def test_infinite_costs_forbid_pairs():
+    forbidden = C0 + X * C1
+    forbidden[0, 1] = forbidden[2, :2] = np.inf
+    p = parameters("both")
+    for ot, taus in (
+        (EntropicOT(lambda x: jnp.asarray(forbidden), A, B, EPSILON), TAUS["balanced"]),
+        (UnbalancedOT(lambda x: jnp.asarray(forbidden), A, p["b"], EPSILON, TAUS["both"]), TAUS["both"]),
+    ):
+        pi, value, *_ = reference(forbidden, ot.a, ot.b, EPSILON, *taus)
+        y = solved(ot).y
+        np.testing.assert_allclose(ot.coupling(X, y), pi, rtol=1e-8)
+        np.testing.assert_allclose(ot.value(X, y), value, rtol=1e-9)
+    # a point without any pair: penalised mass may stay where it is, mass that must move makes it infeasible
+    forbidden[2] = np.inf
+    ot = UnbalancedOT(lambda x: jnp.asarray(forbidden), A, p["b"], EPSILON, (0.4, 1.5))
+    rest = np.arange(N) != 2
+    _, value, *_ = reference(forbidden[rest], A[rest], p["b"], EPSILON, 0.4, 1.5)
+    # the point's own mass: destroyed, and in the reference measure of the entropy
+    np.testing.assert_allclose(ot.value(X, solved(ot).y), value + 0.4 * A[2] + EPSILON * A[2] * p["b"].sum(), rtol=1e-9)
+
+
+def without(rows, value=np.inf):
+    C = C0 + X * C1
+    C[rows] = value
+    return C
+
+
+LOCKED = C0 + X * C1
+LOCKED[:3, 1:] = np.inf  # more mass in three rows than their only column takes
+
+
+@pytest.mark.parametrize(
+    ("C", "message"),
+    [
+        (without((1, 2), np.nan), "the cost is NaN for 1 pairs, the first is (1, 2)"),
+        (without((3, 0), -np.inf), "the cost is minus infinity for 1 pairs, the first is (3, 0)"),
+        (without(2), "all pairs of point 2 of `a` are forbidden"),
+        (without((slice(None), 1)), "all pairs of point 1 of `b` are forbidden"),
+        (LOCKED, "no coupling with these marginals avoids the forbidden pairs"),
+    ],
+)
+def test_costs_without_a_solution_are_named(C, message):
+    ot = EntropicOT(Affine(jnp.asarray(C), jnp.zeros((N, M))), A, B, EPSILON)
+    with pytest.raises(bilevel.NotConverged, match=re.escape(message)):
+        solved(ot, max_steps=300)
+
+
+# ------------------------------------------------------------------------------------------------ small epsilon
+
+CLOUD = np.random.default_rng(5).normal(size=(2, 40, 2))
+SQUARES = np.sum((CLOUD[0][:, None] - CLOUD[1][None, :] - 1) ** 2, axis=-1)
+
+
+@pytest.mark.parametrize(("dtype", "smallest"), [(np.float64, 1e-3), (np.float32, 1e-2)])
+def test_epsilon_may_be_small(dtype, smallest):
+    """The same program at every epsilon; the value tends to that of the linear program (HiGHS)."""
+    C = jnp.asarray(SQUARES, dtype)
+    weights = jnp.full(40, 1 / 40, dtype)
+    cost = Affine(C, jnp.zeros_like(C))
+    exact = linear_program(SQUARES, np.asarray(weights, float), np.asarray(weights, float))
+    gaps = []
+    for share in (1.0, 0.1, 1e-2, 1e-3):
+        if share < smallest:
+            break
+        epsilon = share * float(np.median(SQUARES))
+        ot = EntropicOT(cost, weights, weights, epsilon)
+        solution = solved(ot, jnp.asarray(0.0, dtype))
+        rows, columns = ot.marginals(jnp.asarray(0.0, dtype), solution.y)
+        violation = float(jnp.sum(jnp.abs(rows - weights)) + jnp.sum(jnp.abs(columns - weights)))
+        assert violation <= (1e-10 if dtype == np.float64 else 3e-5)
+        gaps.append(float(ot.value(jnp.asarray(0.0, dtype), solution.y)) - exact)
+    assert gaps[-1] < gaps[0]
+    assert -1e-5 < gaps[-1] < smallest * float(np.median(SQUARES)) * np.log(40) + 1e-5
+
+
+def linear_program(C, a, b):
+    from scipy.optimize import linprog
+
+    n, m = C.shape
+    equal = np.vstack([np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))])
+    return linprog(C.ravel(), A_eq=equal, b_eq=np.concatenate([a, b]), bounds=(0, None), method="highs").fun
+
+
+def test_where_single_precision_ends_it_says_so():
+    C = jnp.asarray(SQUARES, jnp.float32)
+    weights = jnp.full(40, 1 / 40, jnp.float32)
+    ot = EntropicOT(Affine(C, jnp.zeros_like(C)), weights, weights, 1e-4 * float(np.median(SQUARES)))
+    solution = solved(ot, jnp.asarray(0.0, jnp.float32), throw=False, rtol=1e-7)
+    assert not solution.converged
+    assert str(solution.status) in ("round_off", "singular", "max_steps", "correction_rejected")
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda c: EntropicOT(c, -A, B, 0.1), "EntropicOT: `a` has 5 negative weights"),
+        (lambda c: EntropicOT(c, A, 2 * B, 0.1), "`a` and `b` must have the same total mass"),
+        (lambda c: UnbalancedOT(c, A, 2 * B, 0.1, np.inf), "`a` and `b` must have the same total mass"),
+        (lambda c: EntropicOT(c, A, B, 0.0), "`epsilon` must be positive and finite, found 0"),
+        (lambda c: EntropicOT(c, A, B, -1.0), "`epsilon` must be positive and finite, found -1"),
+        (lambda c: EntropicOT(c, A, B, np.nan), "`epsilon` must be positive and finite, found nan"),
+        (lambda c: UnbalancedOT(c, A, B, 0.1, 0.0), "`tau` must be positive and finite, found 0"),
+        (lambda c: UnbalancedOT(c, A, B, 0.1, (1.0, -2.0)), "`tau` must be positive and finite, found -2"),
+        (lambda c: UnbalancedOT(c, A, B, 0.1, (1.0, 2.0, 3.0)), "a number or a pair of them, found 3"),
+        (lambda c: EntropicOT(c, A[:, None], B, 0.1), "`a` must have one axis, found shape (5, 1)"),
+        (lambda c: EntropicOT(c, 0 * A, 0 * B, 0.1), "all weights in `a` are zero"),
+        (lambda c: EntropicOT(c, np.append(A[1:], np.nan), B, 0.1), "`a` has 1 entries that are NaN"),
+        (lambda c: EntropicOT(c, A[:0], B, 0.1), "`a` is empty"),
+        (lambda c: solved(EntropicOT(c, A[1:] / A[1:].sum(), B, 0.1)), "`cost(x)` must have shape (4, 4)"),
+        (lambda c: solved(EntropicOT(lambda x: x, A, B, 0.1)), "`cost(x)` must be a matrix of shape (5, 4)"),
+        (lambda c: EntropicOT(c, A, B, 0.1).apply(X, (jnp.asarray(A), jnp.asarray(B)), A), "`v` must have shape (4,)"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(Affine(jnp.asarray(C0), jnp.asarray(C1)))
+
+
+def test_wrong_types_are_named():
+    with pytest.raises(TypeError, match="a fixed matrix C is lambda x: C"):
+        EntropicOT(C0, A, B, 0.1)
+    with pytest.raises(TypeError, match="`epsilon` must be a positive number"):
+        EntropicOT(lambda x: C0, A, B, None)
