@@ -1,0 +1,98 @@
+"""One entropic step between weighted points, reduced to one potential: everything a step and its inverse share.
+
+The model, for a source a and a reference b, costs c and w (a function of the target only), t = kappa - epsilon:
+
+    min over p >= 0 with row sums a of <c + w, p> + epsilon KL(p | a x b) + t KL(columns of p | b).
+
+Its second potential has a closed form in the first, f, for every kappa > 0 (docs/theory/flows.md, "The reduced step"),
+so f is the only unknown. `ratio` = epsilon / kappa is 1 for the explicit step, 0 where the columns are exactly b.
+"""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+class Kernel(eqx.Module):
+    """Points, log-weights and numbers of one step; weights of zero (log -inf) are points that are not there."""
+
+    source: Float[Array, "n d"]
+    target: Float[Array, "m d"]
+    log_a: Float[Array, " n"]
+    log_b: Float[Array, " m"]
+    epsilon: Float[Array, ""]
+    ratio: Float[Array, ""]
+
+    @property
+    def cost(self) -> Float[Array, "n m"]:
+        """|x - z|^2 / 2 / epsilon."""
+        return half_squares(self.source, self.target) / self.epsilon
+
+    def columns(self, f: Float[Array, " n"], cost: Float[Array, "n m"] | None = None) -> Float[Array, " m"]:
+        """log sum_i a_i exp((f_i - c_ij) / epsilon)."""
+        cost = self.cost if cost is None else cost
+        return _log_sums(self.log_a + f / self.epsilon, cost.T)
+
+    def tilt(self, w: Float[Array, " m"], columns: Float[Array, " m"]) -> Float[Array, " m"]:
+        """log of what b is multiplied with in the coupling, besides exp((f - c) / epsilon)."""
+        return -self.ratio * w / self.epsilon + (self.ratio - 1) * columns
+
+    def residual(self, w: Float[Array, " m"], f: Float[Array, " n"]) -> Float[Array, " n"]:
+        """epsilon log(row sums / a) at f: zero at the solution, a contraction's step for ratio <= 1."""
+        cost = self.cost
+        rows = _log_sums(self.log_b + self.tilt(w, self.columns(f, cost)), cost)
+        return f + self.epsilon * rows
+
+    def log_density(self, w: Float[Array, " m"], f: Float[Array, " n"]) -> Float[Array, " m"]:
+        """log of the new weights divided by b."""
+        return self.ratio * (self.columns(f) - w / self.epsilon)
+
+    def weights(self, w: Float[Array, " m"], f: Float[Array, " n"]) -> Float[Array, " m"]:
+        """The new weights: the column sums of the coupling."""
+        return jnp.exp(self.log_b + self.log_density(w, f))
+
+    def coupling(self, w: Float[Array, " m"], f: Float[Array, " n"]) -> Float[Array, "n m"]:
+        """The coupling, rows for the source."""
+        cost = self.cost
+        right = self.log_b + self.tilt(w, self.columns(f, cost))
+        return jnp.exp((self.log_a + f / self.epsilon)[:, None] + right[None, :] - cost)
+
+    def dual(self, w: Float[Array, " m"], f: Float[Array, " n"]) -> Float[Array, ""]:
+        """<f, a> - kappa |new weights|: at the solution the value of the step, up to constants of (a, b, kappa)."""
+        a = jnp.exp(self.log_a)
+        mass = jnp.sum(self.weights(w, f))
+        return jnp.sum(jnp.where(a > 0, f, 0) * a) - self.epsilon / self.ratio * (mass - jnp.sum(a))
+
+    def from_density(self, w: Float[Array, " m"], u: Float[Array, " m"]) -> Float[Array, " n"]:
+        """The potential f under which the rows are right, given the log-density u of the new weights."""
+        right = self.log_b - w / self.epsilon + (1 - 1 / self.ratio) * u
+        return -self.epsilon * _log_sums(right, self.cost)
+
+
+def half_squares(x: Float[Array, "n d"], z: Float[Array, "m d"]) -> Float[Array, "n m"]:
+    """|x - z|^2 / 2 for all pairs: by differences in few dimensions, else by one product of centred points."""
+    if x.shape[1] <= 4:
+        return sum(jnp.square(x[:, None, k] - z[None, :, k]) for k in range(x.shape[1])) / 2  # type: ignore[return-value]
+    middle = lax.stop_gradient(jnp.mean(z, axis=0))
+    x, z = x - middle, z - middle
+    squares = (jnp.sum(x * x, 1)[:, None] + jnp.sum(z * z, 1)[None, :]) / 2 - x @ z.T
+    return jnp.maximum(squares, 0)
+
+
+def log_weights(weights: Float[Array, " n"]) -> Float[Array, " n"]:
+    """log, -inf at zero with a derivative of zero."""
+    there = weights > 0
+    return jnp.where(there, jnp.log(jnp.where(there, weights, 1)), -jnp.inf)
+
+
+def _log_sums(right: Float[Array, " m"], cost: Float[Array, "n m"]) -> Float[Array, " n"]:
+    """log sum_j exp(right_j - cost_ij), written so that derivatives in `right` are products with one matrix."""
+    fixed = lax.stop_gradient(right)
+    exponents = fixed[None, :] - cost
+    top = lax.stop_gradient(jnp.max(exponents, axis=1))
+    matrix = jnp.exp(exponents - top[:, None])
+    moved = jnp.where(jnp.isneginf(fixed), 1, jnp.exp(jnp.where(jnp.isneginf(fixed), 0, right - fixed)))
+    return jnp.log(matrix @ moved) + top
