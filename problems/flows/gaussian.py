@@ -12,8 +12,9 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float
+
+from problems.transport.gaussian import sqrtm
 
 __all__ = ["entropic_jko_step", "jko_step"]
 
@@ -36,7 +37,7 @@ def jko_step(mean: Any, covariance: Any, Q: Any, centre: Any, step_size: Any, te
     root, back = _roots(S)
     A = _symmetric(back @ M @ back)  # B = S^1/2 [(I + 4 kappa A)^1/2 - I] S^1/2 / (2 kappa), without the cancellation
     eye = jnp.eye(len(m), dtype=m.dtype)
-    inner = _square_root(eye + 4 * tau * T * A) + eye
+    inner = sqrtm(eye + 4 * tau * T * A) + eye
     to = back @ jnp.linalg.solve(2 * A, inner) @ root  # B^-1 S^1/2 up to a rotation: B^-1 = to S^-1
     to = to @ back @ back
     return _mean(m, Q, v, tau, M), _symmetric(to @ S @ to.T)
@@ -64,7 +65,7 @@ def entropic_jko_step(
     _check_degenerate(A, kappa)
     eye, k = jnp.eye(len(m), dtype=m.dtype), kappa / epsilon
     # k L^2 + (I - A) L - A = 0 for L = epsilon^2 S^-1/2 Lambda S^-1/2, solved for its inverse
-    inverse = jnp.linalg.solve(2 * A, eye - A + _square_root(jnp.matmul(eye - A, eye - A) + 4 * k * A))
+    inverse = jnp.linalg.solve(2 * A, eye - A + sqrtm(jnp.matmul(eye - A, eye - A) + 4 * k * A))
     inverse = _symmetric(inverse)
     covariance = epsilon**2 * back @ (inverse + inverse @ inverse) @ back
     return _mean(m, Q, v, tau, M), _symmetric(covariance)
@@ -78,26 +79,8 @@ def _symmetric(a):
     return (a + a.T) / 2
 
 
-def _square_root(a: Float[Array, "d d"]) -> Float[Array, "d d"]:
-    """The root of a symmetric positive semidefinite matrix, differentiable three times, at repeated eigenvalues too.
-
-    The root itself is a constant of every derivative. Newton's steps from it, R <- R + X with R0 X + X R0 = a - R^2,
-    change nothing, and each one makes one more order of derivatives right.
-    """
-    values, vectors = jnp.linalg.eigh(lax.stop_gradient(a))
-    roots = jnp.sqrt(jnp.maximum(values, 0))
-    start = (vectors * roots) @ vectors.T
-    sums = roots[:, None] + roots[None, :]
-    sums = jnp.where(sums > 0, sums, 1)
-
-    def step(r):
-        return r + vectors @ ((vectors.T @ (a - r @ r) @ vectors) / sums) @ vectors.T
-
-    return _symmetric(step(step(step(start))))
-
-
 def _roots(S):
-    root = _square_root(S)
+    root = sqrtm(S)
     return root, _symmetric(jnp.linalg.inv(root))
 
 
