@@ -126,14 +126,21 @@ def errors(name: str, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         curvature = top + float(jnp.exp(x).max()) / x.size
     start = 2 * random.randn(x.size)
     y = jnp.asarray(start + 10**1.5 * (start - np.asarray(solution)) / np.linalg.norm(start - np.asarray(solution)))
-    distances, found = [], {key: [] for key in ESTIMATORS}
+    points = []
     for wanted in DISTANCES:
-        y = _descend(problem, x, y, 1.8 / curvature, wanted, solution)
-        distances.append(float(jnp.linalg.norm(y - solution)))
-        for key, rule in ESTIMATORS.items():
-            gradient = bilevel.estimate(problem, x, y, rule).gradient
-            found[key].append(float(jnp.linalg.norm(gradient - truth)))
-    return np.asarray(distances), {key: np.asarray(value) for key, value in found.items()}
+        y = _descend(problem, x, y, jnp.asarray(1.8 / curvature), jnp.asarray(wanted), solution)
+        points.append(y)
+    points = jnp.stack(points)
+    distances = np.linalg.norm(points - solution, axis=1)
+    found = {
+        key: np.linalg.norm(_estimates(problem, x, points, rule) - truth, axis=1) for key, rule in ESTIMATORS.items()
+    }
+    return distances, found
+
+
+@eqx.filter_jit
+def _estimates(problem, x, points, rule):
+    return jax.lax.map(lambda y: bilevel.estimate(problem, x, y, rule).gradient, points)
 
 
 def slope(distances: np.ndarray, values: np.ndarray, floor: float) -> float:
