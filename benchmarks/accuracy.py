@@ -1,9 +1,9 @@
 """What accuracy costs with each estimator: `python -m benchmarks.accuracy`.
 
 Seconds and products with dF/dy until the *true* relative error of the hypergradient is 1e-3, 1e-6, 1e-9, on the
-problems of `benchmarks.hypergradient` and on ridge regression with a condition number of 1e5. Every estimator is asked for the
-accuracy through `bilevel.hypergradient(…, rtol=…)`, compiled first, then timed in turns; the reference is dense
-Newton in float64. A row that does not get there, by its own word or by the reference, says so.
+problems of `benchmarks.hypergradient` and on ridge regression with a condition number of 1e5. Every estimator is asked
+for the accuracy through `bilevel.hypergradient(…, rtol=…)`, compiled first, then timed in turns; the reference is
+dense Newton in float64. A row that does not get there, by its own word or by the reference, says so.
 """
 
 from __future__ import annotations

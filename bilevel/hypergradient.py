@@ -238,16 +238,25 @@ def search(problem, x, y0, rtol, atol, solver, adjoint, max_steps, newton_first,
 
 
 def _warn_if_x_is_absent(inner, x, y) -> None:
-    """F_x' v was exactly zero: ask once more with random directions before saying that x does not matter."""
+    """F_x' v was exactly zero: ask at other points, in random directions, before saying that x does not matter (where
+    a penalty keeps all of y at zero it does, but not nearby)."""
     key = jax.random.PRNGKey(0)
     leaves, structure = jax.tree.flatten(x)
     keys = jax.random.split(key, len(leaves) + 1)
     tangent = jax.tree.unflatten(
         structure, [jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys[1:], leaves, strict=True)]
     )
-    y = jax.tree.map(lambda a: a + jax.random.normal(keys[0], a.shape, a.dtype), y)
-    moved = jax.jvp(lambda x: inner.optimality(x, y), (x,), (tangent,))[1]
-    if not bool(trees.norm(moved) > 0):
+    noise = jax.tree.map(lambda a: jax.random.normal(keys[0], a.shape, a.dtype), y)
+
+    def matters(size: float, shift: float) -> bool:
+        there = jax.tree.map(lambda a, b: a + jnp.asarray(size, a.dtype) * b, y, noise)
+        beside = jax.tree.map(lambda a: a + jnp.asarray(shift, a.dtype), x)
+        moved = jax.jvp(lambda x: inner.optimality(x, there), (beside,), (tangent,))[1]
+        return bool(trees.norm(moved) > 0)
+
+    if not any(
+        matters(size, shift) for size, shift in ((1.0, 0.0), (1.0, 1.0), (1.0, -1.0), (10.0, 10.0), (10.0, -10.0))
+    ):
         warnings.warn(
             "bilevel.hypergradient: x does not enter the inner problem (dF/dx is zero), so the hypergradient is the "
             "outer function's own derivative in x. Is x missing from the inner objective?",

@@ -19,6 +19,7 @@ PROBLEMS = {
     "quadratic": testing.quadratic_problems(size=2),
     "glm": testing.glm_problems(size=2),
     "fixed point": testing.fixed_points(size=2),
+    "lasso": testing.lasso_problems(size=2),
 }
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         couplings,
         fixed_points,
         glm_problems,
+        lasso_problems,
         measures,
         pytrees,
         quadratic_problems,
@@ -31,12 +32,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Case", "check_adjoint_identity", "check_error_estimate", "check_hypergradient", "check_operator",
     "check_problem", "check_reparametrization", "check_transforms", "couplings", "efficiency_order", "fixed_points",
-    "glm_problems", "measures", "pytrees", "quadratic_problems", "reparametrizations", "spd_operators",
-    "taylor_order",
+    "glm_problems", "lasso_problems", "measures", "pytrees", "quadratic_problems", "reparametrizations",
+    "spd_operators", "taylor_order",
 ]  # fmt: skip
 
 _STRATEGIES = (
-    "Case", "couplings", "fixed_points", "glm_problems", "measures", "pytrees", "quadratic_problems",
+    "Case", "couplings", "fixed_points", "glm_problems", "lasso_problems", "measures", "pytrees", "quadratic_problems",
     "reparametrizations", "spd_operators",
 )  # fmt: skip
 

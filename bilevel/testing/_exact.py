@@ -5,6 +5,7 @@ Each is  G_x - F_x' v,  F_y' v = G_y  at the y where F vanishes to all digits (t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,38 @@ def fixed_point(W, outer, x) -> np.ndarray:
         return y, F_y(y), -slopes(y)
 
     return _hypergradient(at, outer, x)
+
+
+def lasso(A, B, b, outer, x) -> tuple[np.ndarray, float]:
+    """0 in A y - b - B x + e^x * sign(y): `(hypergradient, margin)`. The signs are found by trying all of them; the
+    margin says how far the solution is from another set of signs."""
+    import mpmath as mp
+
+    with mp.workdps(DIGITS):
+        H, shift, x = _matrix(mp, A), _matrix(mp, b) + _matrix(mp, B) * _matrix(mp, x), _matrix(mp, x)
+        n = len(x)
+        weights = [mp.exp(v) for v in x]
+        for signs in itertools.product((0, 1, -1), repeat=n):
+            on = [j for j in range(n) if signs[j]]
+            y = mp.zeros(n, 1)
+            if on:
+                part = mp.matrix([[H[i, j] for j in on] for i in on])
+                right = mp.matrix([shift[j] - weights[j] * signs[j] for j in on])
+                for j, value in zip(on, mp.lu_solve(part, right), strict=True):
+                    y[j] = value
+            slope = shift - H * y
+            gaps = [y[j] * signs[j] if signs[j] else weights[j] - abs(slope[j]) for j in range(n)]
+            if min(gaps) < 0:
+                continue
+            g_x, g_y = outer(mp, x, y)
+            if on:
+                v = mp.lu_solve(part.T, mp.matrix([g_y[j] for j in on]))
+                for k, j in enumerate(on):
+                    for i in range(n):  # - F_x' v on the support, F_x = diag(e^x sign) - B
+                        g_x[i] += mp.mpf(float(np.asarray(B)[j, i])) * v[k]
+                    g_x[j] -= weights[j] * signs[j] * v[k]
+            return np.array([float(value) for value in g_x]), float(min(gaps))
+    raise RuntimeError("bilevel.testing: the reference solution was not found")
 
 
 def least_squares(C, c, d, rho) -> Callable:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
+from hypothesis import assume
 from hypothesis import strategies as st
 
 import bilevel
@@ -232,6 +233,34 @@ def fixed_points(*, size: int | None = None) -> st.SearchStrategy[Case]:
     """y = tanh(W y + x), a contraction with a non-symmetric dF/dy. The hypergradient is a dense solve at the fixed
     point, in fifty digits."""
     return _fixed_points(size)
+
+
+class _Bowl(eqx.Module):
+    A: Any
+    B: Any
+    b: Any
+
+    def __call__(self, x, y):
+        return 0.5 * jnp.vdot(y, self.A @ y) - jnp.vdot(self.b + self.B @ x, y)
+
+
+@st.composite
+def _lasso_problems(draw, cond: float | int, size: int | None):
+    n = draw(_SIZES) if size is None else size
+    A, B, b, x = _rounded(
+        draw(_spd(n, cond)), draw(_matrices(n, n, -1, 1)), draw(_vectors(n)), draw(_vectors(n, -2, 1))
+    )
+    C, c, d, rho = draw(_outer(n))
+    truth, margin = exact.lasso(A, B, b, exact.least_squares(C, c, d, rho), x)
+    assume(margin > 0.01)  # at the edge between two supports there is no hypergradient
+    inner = bilevel.Composite(_Bowl(A, B, b), bilevel.prox.l1(jnp.exp))
+    return Case(bilevel.BilevelProblem(inner, _LeastSquares(C, c, d, rho)), x, jnp.zeros_like(b), _array(truth))
+
+
+def lasso_problems(*, cond: float | int = 10.0, size: int | None = None) -> st.SearchStrategy[Case]:
+    """y'A y / 2 - (b + B x)'y + sum e^x_j |y_j| with A of condition number `cond`, clear of the edges between supports.
+    The hypergradient is that on the support, found by trying all signs, in fifty digits."""
+    return _lasso_problems(cond, size)
 
 
 # ------------------------------------------------------------------------------------------------ transport
