@@ -5,6 +5,8 @@ Every model is built as `Model(X, y, X_val, y_val)` or `Model(X, y, cv=K)` and i
 recompile anything, and it contains no derivatives.
 """
 
+from typing import Any
+
 from ._examples import examples
 from .additive import AdditiveTuning
 from .cleaning import DataCleaning
@@ -30,6 +32,7 @@ __all__ = [
     "GroupLassoTuning",
     "HuberTuning",
     "KernelRidgeTuning",
+    "HypergradientSearchCV",
     "LassoTuning",
     "LogisticTuning",
     "MultinomialTuning",
@@ -38,3 +41,11 @@ __all__ = [
     "SupportVectorTuning",
     "examples",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "HypergradientSearchCV":  # on first use: it needs scikit-learn, the problems do not
+        from .search import HypergradientSearchCV
+
+        return HypergradientSearchCV
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -106,7 +106,8 @@ class CrossValidation(AbstractCriterion):
     """Fold k is trained and judged on all rows, with the weights `train[k]` and `judge[k]`; each sums to one.
 
     So folds may differ in size, the data are held once, and the K products X w are one matrix product. X may also
-    have a leading fold axis, where each fold has its own features (scaled by its own training rows, say).
+    have a leading fold axis, where each fold has its own features (scaled by its own training rows, say), and so may
+    the targets.
     """
 
     X: Float[Array, "*k n p"]
@@ -122,21 +123,22 @@ class CrossValidation(AbstractCriterion):
     def training(self, losses, penalty, y):
         self.check(y)
 
-        def one(X, w, weight):
-            return jnp.vdot(weight, losses(X, w, self.targets)) + penalty(w)
+        def one(X, targets, w, weight):
+            return jnp.vdot(weight, losses(X, w, targets)) + penalty(w)
 
-        return jnp.sum(self._each(one)(self.X, y, self.train))
+        return jnp.sum(self._each(one)(self.X, self.targets, y, self.train))
 
     def validation(self, losses, y):
         self.check(y)
 
-        def one(X, w, weight):
-            return jnp.vdot(weight, losses(X, w, self.targets))
+        def one(X, targets, w, weight):
+            return jnp.vdot(weight, losses(X, w, targets))
 
-        return jnp.mean(self._each(one)(self.X, y, self.judge))
+        return jnp.mean(self._each(one)(self.X, self.targets, y, self.judge))
 
     def _each(self, one: Callable) -> Callable:
-        return jax.vmap(one, in_axes=(0 if self.X.ndim == 3 else None, 0, 0))
+        axes = (0 if self.X.ndim == 3 else None, 0 if self.targets.ndim == 2 else None, 0, 0)
+        return jax.vmap(one, in_axes=axes)
 
 
 class Formula(AbstractCriterion):

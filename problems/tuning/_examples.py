@@ -48,6 +48,18 @@ def _held_out(model, targets=lambda score: score, **options):
     return make
 
 
+def _orthogonal(model):
+    """On orthogonal features Newton's step finds the support from everywhere, so that its order can be seen."""
+
+    def make(key):
+        X, y = _data(key)
+        train = 4 * jnp.linalg.qr(X[:16])[0]
+        problem = model(train, train @ jnp.asarray([1.0, -2.0, 1.5, 0.0]) + 0.1 * y[:16], X[16:], y[16:])
+        return problem, *problem.initial()
+
+    return make
+
+
 def _folds(model, targets=lambda score: score, cv=2, **options):
     def make(key):
         X, y = _data(key)
@@ -76,8 +88,8 @@ def examples() -> dict[str, Callable]:
         "ridge, folds, shared": _folds(RidgeTuning, cv=3, penalties="shared"),
         "logistic, folds, groups": _folds(LogisticTuning, _signs, groups=[0, 0, 1, 1]),
         "multinomial, held out": _held_out(MultinomialTuning, _thirds, penalties="per-class"),
-        "lasso, held out": _held_out(LassoTuning),
-        "elastic net, held out": _held_out(ElasticNetTuning),
+        "lasso, held out": _orthogonal(LassoTuning),
+        "elastic net, held out": _orthogonal(ElasticNetTuning),
         "group lasso, held out": _held_out(GroupLassoTuning, groups=[0, 0, 1, 1]),
         "poisson, folds": _folds(PoissonTuning, _counts),
         "huber, held out": _held_out(HuberTuning),

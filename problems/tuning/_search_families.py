@@ -1,0 +1,159 @@
+"""scikit-learn's estimators as bilevel problems: which parameters are tuned, what is trained, how it is judged.
+
+The variable x of a search holds log-penalties (or length scales), each relative to the scale that `bounds` are around.
+`mix @ x` are those used: the identity, or an average where all share one, so that both are the same program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+import bilevel
+from bilevel import prox
+
+from ._criteria import CrossValidation
+from ._linear import Training
+from ._penalties import AbstractPenalties
+from ._sparse import SparseTraining
+from .lasso import First, Second
+
+
+class Quadratic(AbstractPenalties):
+    """1/2 sum_j exp(mix x + offset)_g(j) unit_j w_j^2; unit_j is zero for an intercept that is not penalized."""
+
+    shape: tuple[int, ...] = eqx.field(static=True)
+    mix: Float[Array, "q q"]
+    offset: Float[Array, " q"]
+    spread: Float[Array, "p q"]  # row j picks the penalty of weight j
+    unit: Float[Array, " p"]
+
+    def ridge(self, x, w):
+        weights = jnp.exp(self.spread @ (self.mix @ x + self.offset)) * self.unit
+        return 0.5 * jnp.sum(weights * jnp.square(w))
+
+
+class Absolute(eqx.Module):
+    """x -> the weights of |w_j| (from all entries of x) and zero."""
+
+    mix: Float[Array, "q q"]
+    offset: Float[Array, " q"]
+    spread: Float[Array, "p q"]
+    unit: Float[Array, " p"]
+
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        return jnp.exp(self.spread @ (self.mix @ x + self.offset)) * self.unit, jnp.zeros((), x.dtype)
+
+
+class Both(eqx.Module):
+    """x = (log l1, log l2) -> the weights of |w_j| and of w_j^2 / 2."""
+
+    offset: Float[Array, "2"]
+    unit: Float[Array, " p"]
+
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        one, two = jnp.exp(x + self.offset)
+        return one * self.unit, two * self.unit**2
+
+
+class SearchProblem(bilevel.AbstractBilevelProblem):
+    """A criterion over folds, plus strength/2 times the mean square of the distances of own penalties to a center."""
+
+    inner: bilevel.AbstractInner
+    judge: Any  # (x, y) -> scalar
+    mix: Float[Array, "q q"]
+    own: Float[Array, " q"]  # 1 / (number of own penalties) where x holds one, else 0
+    center: Float[Array, " q"]
+    strength: Float[Array, ""]
+
+    def outer(self, x, y):
+        pull = jnp.vdot(self.own, jnp.square(self.mix @ x - self.center))
+        return self.judge(x, y) + 0.5 * self.strength * pull
+
+
+class Judge(eqx.Module):
+    """The mean over folds of a loss of linear predictions; `root` takes the square root of each fold's mean."""
+
+    criterion: CrossValidation
+    losses: Callable = eqx.field(static=True)
+
+    def __call__(self, x: Array, y: Array) -> Float[Array, ""]:
+        return self.criterion.validation(self.losses, y)
+
+
+# ------------------------------------------------------------------------------------------------ losses of rows
+# trained: losses(x, X, w, targets); judged: losses(X, w, targets). The last column of X is the intercept's.
+
+
+def squared(x, X, w, targets):
+    return 0.5 * jnp.square(X @ w - targets)
+
+
+def logistic(x, X, w, targets):
+    return jax.nn.softplus(-targets * (X @ w))
+
+
+def multinomial(x, X, w, targets):
+    scores = X @ w.T
+    picked = jnp.take_along_axis(scores, targets.astype(int)[:, None], axis=1)[:, 0]
+    return jax.nn.logsumexp(scores, axis=1) - picked
+
+
+def poisson(x, X, w, targets):
+    eta = X @ w
+    return jnp.exp(eta) - targets * eta
+
+
+def hinge(x, X, w, targets):
+    """Squared, of each class against the rest where w has a row for each class."""
+    if w.ndim == 1:
+        return jnp.square(jnp.maximum(1 - targets * (X @ w), 0))
+    signs = jnp.where(targets[:, None] == jnp.arange(w.shape[0], dtype=targets.dtype), 1.0, -1.0).astype(X.dtype)
+    return jnp.sum(jnp.square(jnp.maximum(1 - signs * (X @ w.T), 0)), axis=1)
+
+
+def huber(epsilon: float) -> Callable:
+    """HuberRegressor's, the last weight being the log of its scale."""
+
+    def losses(x, X, w, targets):
+        s = jnp.exp(w[-1])
+        r = jnp.abs(X @ w[:-1] - targets) / s
+        inside = r < epsilon
+        square = jnp.where(inside, r, 0)
+        return s + s * jnp.where(inside, square * square, 2 * epsilon * r - epsilon * epsilon)
+
+    return losses
+
+
+def judged_by(training: Callable) -> Callable:
+    """The training loss as the loss of judged rows."""
+    return lambda X, w, targets: training(None, X, w, targets)
+
+
+def mean_squared(X, w, targets):
+    return jnp.square(X @ w - targets)
+
+
+def mean_squared_of_exponential(X, w, targets):
+    return jnp.square(jnp.exp(X @ w) - targets)
+
+
+def mean_squared_with_scale(X, w, targets):
+    return jnp.square(X @ w[:-1] - targets)
+
+
+def sparse(criterion: CrossValidation, weights: Any) -> SparseTraining:
+    """The training of a lasso or an elastic net with the given weights."""
+    first = First(weights)
+    operator = prox.elastic_net(first, Second(weights)) if isinstance(weights, Both) else prox.l1(first)
+    return SparseTraining(criterion, operator, weights)
+
+
+def smooth(criterion: CrossValidation, penalties: Quadratic, losses: Callable) -> Training:
+    """The training with a smooth loss and quadratic penalties."""
+    return Training(criterion, penalties, losses)

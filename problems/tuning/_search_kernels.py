@@ -1,0 +1,135 @@
+"""Kernel models of a search: kernel ridge and support vector classification in every fold at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+import bilevel
+from bilevel.solvers import ClosedForm
+from bilevel.solvers.newton import DampedNewton
+
+from ._foldwise import Foldwise
+
+WIDTH = 0.1
+"""The hinge is rounded over margins from 1 - WIDTH to 1 + WIDTH, so that its solution can be differentiated."""
+
+
+class Kernel(eqx.Module):
+    """x = (…, log gammas), relative to `offset`, -> exp(-sum_j gamma_j (p_j - q_j)^2) in every fold; `fixed` (K, n, n)
+    instead of features where the kernel has nothing to tune."""
+
+    X: Float[Array, "k n d"]
+    mix: Float[Array, "q q"]
+    offset: Float[Array, " q"]
+    spread: Float[Array, "d q"]
+    fixed: Float[Array, "k n n"] | None
+
+    def __call__(self, x: Array) -> Float[Array, "k n n"]:
+        if self.fixed is not None:
+            return self.fixed
+        roots = jnp.exp(0.5 * (self.spread @ (self.mix @ x + self.offset)))
+
+        def one(X):
+            Z = X * roots
+            squares = jnp.sum(Z * Z, 1)
+            return jnp.exp(-jnp.maximum(squares[:, None] + squares[None, :] - 2 * (Z @ Z.T), 0))
+
+        return jax.vmap(one)(self.X)
+
+    def penalty(self, x: Array) -> Float[Array, ""]:
+        """exp of the first entry: alpha, or C."""
+        return jnp.exp(x[0] + self.offset[0])
+
+
+class KernelRidgeTraining(bilevel.AbstractInner):
+    """(K + alpha / r) c = b on the rows with weight r > 0, c = 0 on the others; y of shape (folds, n)."""
+
+    kernel: Kernel
+    targets: Float[Array, " n"]
+    train: Float[Array, "k n"]
+
+    def optimality(self, x, y):
+        alpha, here = self.kernel.penalty(x), self.train > 0
+        a = jnp.where(here, y, 0)
+        fitted = jnp.einsum("knm,km->kn", self.kernel(x), a)
+        residual = fitted + alpha * y / jnp.where(here, self.train, 1) - self.targets
+        return jnp.where(here, residual, y)
+
+    @property
+    def symmetric(self):
+        return True
+
+    @property
+    def definite(self):
+        return True
+
+    @property
+    def linear_solver(self):
+        return Foldwise(len(self.train))
+
+    @property
+    def default_solver(self):
+        return ClosedForm(_stay)
+
+    def initial(self):
+        return jnp.zeros_like(self.train)
+
+
+class SupportVectorTraining(bilevel.AbstractInner):
+    """a_i = C r_i s_i phi(1 - s_i (K a + b)_i), sum_i a_i = 0: the dual coefficients and the intercept of a support
+    vector classifier whose hinge is rounded, phi its derivative; y of shape (folds, n + 1), the intercept last."""
+
+    kernel: Kernel
+    targets: Float[Array, " n"]
+    train: Float[Array, "k n"]
+
+    def optimality(self, x, y):
+        a, b = y[:, :-1], y[:, -1:]
+        scores = jnp.einsum("knm,km->kn", self.kernel(x), a) + b
+        slope = jnp.clip((1 - self.targets * scores + WIDTH) / (2 * WIDTH), 0, 1)
+        rest = a - self.kernel.penalty(x) * self.train * self.targets * slope
+        return jnp.concatenate([rest, jnp.sum(a, axis=1, keepdims=True)], axis=1)
+
+    @property
+    def linear_solver(self):
+        return Foldwise(len(self.train))
+
+    @property
+    def default_solver(self):
+        return DampedNewton()
+
+    def initial(self):
+        k, n = self.train.shape
+        return jnp.zeros((k, n + 1), self.train.dtype)
+
+
+class KernelJudge(eqx.Module):
+    """The mean over folds of a loss of kernel predictions."""
+
+    kernel: Kernel
+    targets: Float[Array, " n"]
+    judge: Float[Array, "k n"]
+    losses: Callable = eqx.field(static=True)  # (scores, targets) -> rows
+    intercept: bool = eqx.field(static=True)
+
+    def __call__(self, x: Array, y: Array) -> Float[Array, ""]:
+        a, b = (y[:, :-1], y[:, -1:]) if self.intercept else (y, 0)
+        scores = jnp.einsum("knm,km->kn", self.kernel(x), a) + b
+        return jnp.mean(jnp.sum(self.judge * self.losses(scores, self.targets), axis=1))
+
+
+def _stay(x: Array, y0: Array) -> Array:
+    return y0
+
+
+def mean_squared(scores, targets):
+    return jnp.square(scores - targets)
+
+
+def logistic(scores, targets):
+    return jax.nn.softplus(-targets * scores)

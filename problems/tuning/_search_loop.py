@@ -1,0 +1,108 @@
+"""The search's optimizations: one shared penalty, own penalties pulled towards it, and how strongly."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+import bilevel
+
+from ._search_setup import Setup
+
+STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01)
+"""What "auto" tries besides infinity, in units of the criterion at the shared optimum."""
+
+
+class Point(NamedTuple):
+    """A point of the search: the (mixed) log-penalties, the inner solution, the criterion's value and its history."""
+
+    x: np.ndarray
+    y: Any
+    value: float
+    history: list[dict]
+
+
+class Search:
+    """Minimizes the criterion of one `Setup`; every problem has the same shapes, so that all share one program."""
+
+    def __init__(self, setup: Setup, n_iter: int, tol: float, verbose: int):
+        self.setup, self.n_iter, self.tol, self.verbose = setup, n_iter, tol, verbose
+
+    def shared(self, near: np.ndarray | None = None) -> Point:
+        """The best point with one penalty for all: a coarse scan, then descent; with `near` from there."""
+        setup, size = self.setup, len(self.setup.own)
+        problem = setup.problem(True, np.zeros(size), 0.0)
+        y = problem.inner.initial()
+        if near is not None:
+            return self._descend(problem, np.clip(near, setup.lower, setup.upper), y)
+        tried = []
+        for x in setup.scan:
+            try:
+                found = self._minimize(problem, x, y, 0)
+            except bilevel.NotConverged:
+                continue
+            y = found.y
+            tried.append((found.value, tuple(x), y))
+        if not tried:
+            raise ValueError("HypergradientSearchCV: the estimator could not be trained at any of the penalties tried.")
+        _, x, y = min(tried, key=lambda t: t[0])
+        best = self._descend(problem, np.array(x), y)
+        return self._towards_bounds(problem, best)
+
+    def own(self, shared: Point, strength: float) -> Point:
+        """The best point with own penalties, pulled towards the shared one."""
+        pull = strength * abs(shared.value)
+        return self._descend(self.setup.problem(False, shared.x, pull), shared.x, shared.y)
+
+    def _towards_bounds(self, problem: Any, best: Point) -> Point:
+        """Where a penalty that is not an own one hardly matters any more, it is sent to its lower bound."""
+        setup = self.setup
+        if setup.own.any() or len(setup.own) < 2 or best.x[1] > -4:
+            return best
+        x = np.array([best.x[0], setup.lower[1]])
+        found = self._descend(problem, x, best.y)
+        return found if found.value <= best.value + 1e-4 * abs(best.value) else best
+
+    def _descend(self, problem: Any, x: np.ndarray, y: Any) -> Point:
+        found = self._minimize(problem, x, y, self.n_iter)
+        history = [
+            {"step": s.step, "value": s.value, "gradient_norm": float(np.linalg.norm(s.gradient)), "error": s.error}
+            for s in found.history
+        ]
+        mixed = np.asarray(problem.mix @ found.x)
+        return Point(np.clip(mixed, self.setup.lower, self.setup.upper), found.y, found.value, history)
+
+    def _minimize(self, problem: Any, x: np.ndarray, y: Any, steps: int) -> bilevel.Result:
+        bounds = (jnp.asarray(self.setup.lower), jnp.asarray(self.setup.upper))
+        return bilevel.minimize(
+            problem, jnp.asarray(x, float), y, bounds=bounds, tol=self.tol, max_steps=int(steps),
+            progress=bool(self.verbose) and steps > 0,
+        )  # fmt: skip
+
+
+def choose_strength(nested: Any, near: np.ndarray, random_state: Any) -> tuple[float, dict[float, list[float]]]:
+    """The largest strength whose mean test loss over the nested splits is within one standard error of the best's, the
+    error being that of the paired differences; infinity is one of them."""
+    losses: dict[float, list[float]] = {np.inf: []} | {s: [] for s in STRENGTHS}
+    for train, test in nested.splits(random_state):
+        search = nested.inner(train)
+        if search is None:
+            continue
+        shared = search.shared(near)
+        losses[np.inf].append(nested.loss(search, shared.x, train, test))
+        point = shared
+        for strength in STRENGTHS:
+            problem = search.setup.problem(False, shared.x, strength * abs(shared.value))
+            point = search._descend(problem, point.x, point.y)
+            losses[strength].append(nested.loss(search, point.x, train, test))
+    if len(losses[np.inf]) < 2:
+        return np.inf, losses
+    table = {s: np.array(v) for s, v in losses.items()}
+    best = min(table, key=lambda s: table[s].mean())
+    for strength in table:  # from the largest
+        gap = table[strength] - table[best]
+        if gap.mean() <= gap.std(ddof=1) / np.sqrt(len(gap)):
+            return strength, losses
+    return best, losses

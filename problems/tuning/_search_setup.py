@@ -1,0 +1,308 @@
+"""From a scikit-learn estimator and folds to a `SearchProblem`, and from its x back to the estimator's parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from sklearn.base import clone
+from sklearn.metrics.pairwise import pairwise_kernels
+
+from . import _search_families as families
+from . import _search_kernels as kernels
+from ._criteria import CrossValidation
+from ._scaled_estimator import FeatureScaled
+from ._search_folds import Folds
+
+SUPPORTED = (
+    "ElasticNet", "HuberRegressor", "KernelRidge", "Lasso", "LinearSVC", "LogisticRegression", "PoissonRegressor",
+    "Ridge", "SVC",
+)  # fmt: skip
+SMOOTH_SCORES = ("neg_mean_squared_error", "neg_log_loss", "r2", "neg_mean_poisson_deviance")
+
+
+@dataclasses.dataclass
+class Setup:
+    """Everything about x: `own` says which entries are own penalties, `offset` is log of the parameter at x = 0,
+    `lower`, `upper` its bounds, `scan` the points tried first; `problem(mix, center, strength)` is the problem."""
+
+    own: np.ndarray
+    offset: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    scan: np.ndarray
+    parts: Callable[[np.ndarray], tuple]  # mix -> (training, judge)
+
+    def mix(self, shared: bool) -> np.ndarray:
+        """The identity, or own penalties replaced by their mean."""
+        mix = np.eye(len(self.own))
+        if shared:
+            mix[np.ix_(self.own, self.own)] = 1 / max(1, self.own.sum())
+        return mix
+
+    def problem(self, shared: bool, center: np.ndarray, strength: float) -> families.SearchProblem:
+        """Own penalties or one shared one, pulled towards `center`."""
+        mix = self.mix(shared)
+        training, judge = self.parts(mix)
+        weights = self.own / max(1, self.own.sum())
+        arrays = (jnp.asarray(a, float) for a in (mix, weights, center, strength))
+        return families.SearchProblem(training, judge, *arrays)
+
+
+class Family:
+    """What is known of one class of estimators."""
+
+    def __init__(self, estimator: Any, scoring: str | None):
+        self.estimator, self.name = estimator, type(estimator).__name__
+        self.score = scoring
+        self.classes: np.ndarray | None = None
+        self.kernel = self.name in ("KernelRidge", "SVC")
+        self.tunes_gamma = self.kernel and estimator.kernel == "rbf"
+        _check_options(estimator)
+
+    # -------------------------------------------------------------------------------------------- data to problem
+
+    def targets(self, y: np.ndarray) -> np.ndarray:
+        """Numbers: signs for two classes, places in `classes` for more, or y itself."""
+        if self.name not in ("LogisticRegression", "LinearSVC", "SVC"):
+            return np.asarray(y, float)
+        self.classes = np.unique(y)
+        places = np.searchsorted(self.classes, y)
+        if self.name == "SVC" and len(self.classes) > 2:
+            raise ValueError(
+                f"HypergradientSearchCV: SVC is tuned for two classes only, `y` has {len(self.classes)}; use "
+                "LogisticRegression or LinearSVC."
+            )
+        return 2.0 * places - 1 if len(self.classes) == 2 else places.astype(float)
+
+    def setup(self, folds: Folds, y: np.ndarray, own: np.ndarray) -> Setup:
+        """`own`: for each feature the number of its penalty (all zero: one shared penalty)."""
+        if not np.all(np.isfinite(folds.X)):
+            raise ValueError("HypergradientSearchCV: the features are NaN or infinite after the pipeline's transforms.")
+        return self._kernel_setup(folds, y, own) if self.kernel else self._linear_setup(folds, y, own)
+
+    def _judged(self, folds: Folds, y: np.ndarray) -> np.ndarray:
+        """The weights of judged rows: for R^2 divided by the variance of each fold's targets."""
+        if self.score != "r2":
+            return folds.judge
+        mean = folds.judge @ y
+        variance = np.einsum("kn,kn->k", folds.judge, (y - mean[:, None]) ** 2)
+        return folds.judge / np.where(variance > 0, variance, 1)[:, None]
+
+    def _linear_setup(self, folds: Folds, y: np.ndarray, own: np.ndarray) -> Setup:
+        estimator, (K, n, p) = self.estimator, folds.X.shape
+        if len(own) != p:
+            raise ValueError(f"HypergradientSearchCV: `groups` has {len(own)} entries, but there are {p} features.")
+        name, count = self.name, int(own.max()) + 1
+        penalized_intercept = name == "LinearSVC" and estimator.fit_intercept
+        intercept = estimator.fit_intercept and not penalized_intercept
+        total = folds.train.sum(1, keepdims=True)
+        deviation = folds.X.std(axis=(0, 1))
+        size = np.maximum(deviation, 1e-12 * np.abs(folds.X).max())
+        deviation = np.where(deviation > 1e-12 * np.abs(folds.X).max(), deviation, 1.0)
+        variance = float(np.mean(size**2)) or 1.0
+        X = folds.X / deviation
+        if intercept:  # where the intercept is free, this changes nothing but the condition
+            X = X - np.einsum("kn,knp->kp", folds.train / total, X)[:, None]
+        average = float(total.mean())
+        by_sum = name in ("Ridge", "LogisticRegression", "HuberRegressor", "LinearSVC")
+        train = folds.train / (average if by_sum else total)
+        spread = np.eye(count)[own]
+        unit = 1 / deviation
+        if intercept or penalized_intercept:
+            constant = float(estimator.intercept_scaling) if penalized_intercept else 1.0
+            X = np.concatenate([X, np.full((K, n, 1), constant)], axis=2)
+            spread = np.vstack([spread, np.full((1, count), 1 / count)])
+            unit = np.append(unit, 1.0 if penalized_intercept else 0.0)
+        targets = np.asarray(y, float)
+        if intercept and name in ("Ridge", "Lasso", "ElasticNet", "HuberRegressor"):
+            targets = targets - folds.train / total @ targets[:, None]  # (K, n)
+            assert targets.shape == (K, n)
+        start = np.zeros(X.shape[2])
+        if name == "PoissonRegressor" and intercept:
+            start[-1] = np.log(max(float(y.mean()), 1e-12))
+        losses, judged = self._losses(len(self.classes) if self.classes is not None else 0)
+        if self.classes is not None and len(self.classes) > 2:
+            start = np.zeros((len(self.classes), X.shape[2]))
+        if name == "HuberRegressor":
+            start = np.append(start, np.log(max(float(np.std(y)), 1e-12)))
+        criterion = CrossValidation(
+            *(jnp.asarray(a, float) for a in (X, targets, start, train, self._judged(folds, y)))
+        )
+        as_jax = lambda *arrays: tuple(jnp.asarray(a, float) for a in arrays)
+        judge = families.Judge(criterion, judged)
+        if name in ("Lasso", "ElasticNet"):
+            slopes = np.abs(np.einsum("kn,knp->kp", train * np.broadcast_to(targets, (K, n)), X)[:, :p]) * deviation
+            top = float(slopes.max())
+            top = np.log(top if top > 0 else 1.0)
+            if name == "Lasso":
+                offset = np.full(count, top)
+                parts = lambda mix: (
+                    families.sparse(criterion, families.Absolute(*as_jax(mix, offset, spread, unit))), judge
+                )  # fmt: skip
+                scan = np.linspace(-7.5, -0.25, 16)[:, None] * np.ones(count)
+                return Setup(np.ones(count, bool), offset, np.full(count, -9.0), np.zeros(count), scan, parts)
+            if count > 1:
+                raise ValueError("HypergradientSearchCV: ElasticNet is tuned with penalties='shared' only.")
+            offset = np.array([top, np.log(variance)])
+            parts = lambda mix: (families.sparse(criterion, families.Both(*as_jax(offset, unit))), judge)
+            scan = np.array([(a, b) for a in (-1.0, -2.5, -4.0, -5.5, -7.0) for b in (-9.0, -5.0, -2.0, 0.0)])
+            return Setup(np.zeros(2, bool), offset, np.array([-9.0, -12.0]), np.array([0.0, 4.0]), scan, parts)
+        scale = {"PoissonRegressor": 1.0, "HuberRegressor": 2 / average}.get(name, 1 / average)
+        center = np.log(variance / (p * scale))
+        if name == "HuberRegressor":
+            center -= np.log(max(float(np.std(y)), 1e-12))
+        offset = np.full(count, center)
+        square = unit**2 * scale
+        if name == "HuberRegressor":  # the last weight is its scale
+            spread, square = np.vstack([spread, np.zeros((1, count))]), np.append(square, 0.0)
+
+        def parts(mix):
+            penalties = families.Quadratic((count,), *as_jax(mix, offset, spread, square))
+            return families.smooth(criterion, penalties, losses), judge
+
+        # around the scale of the features' mean variance, and of every feature's own
+        low = -7 + min(0.0, float(np.log(max(np.min(size**2) / variance, 1e-8))))
+        high = 7.0 + max(0.0, float(np.log(np.max(size**2) / variance)))
+        scan = np.linspace(low, high, int(np.ceil((high - low) / 1.2)) + 1)[:, None] * np.ones(count)
+        return Setup(np.ones(count, bool), offset, np.full(count, low), np.full(count, high), scan, parts)
+
+    def _losses(self, classes: int) -> tuple[Callable, Callable]:
+        """(trained, judged)."""
+        name = self.name
+        if name in ("Ridge", "Lasso", "ElasticNet"):
+            return families.squared, families.mean_squared
+        if name == "LogisticRegression":
+            trained = families.logistic if classes == 2 else families.multinomial
+            return trained, _judged_logistic if classes == 2 else _judged_multinomial
+        if name == "PoissonRegressor":
+            deviance = self.score == "neg_mean_poisson_deviance"
+            return families.poisson, _judged_poisson if deviance else families.mean_squared_of_exponential
+        if name == "LinearSVC":
+            return families.hinge, _judged_hinge
+        return _huber(float(self.estimator.epsilon)), families.mean_squared_with_scale
+
+    def _kernel_setup(self, folds: Folds, y: np.ndarray, own: np.ndarray) -> Setup:
+        estimator, p = self.estimator, folds.X.shape[2]
+        if len(own) != p:
+            raise ValueError(f"HypergradientSearchCV: `groups` has {len(own)} entries, but there are {p} features.")
+        count = int(own.max()) + 1 if self.tunes_gamma else 0
+        if not self.tunes_gamma and own.max() > 0:
+            raise ValueError(f"HypergradientSearchCV: {self.name} has own length scales with kernel='rbf' only.")
+        variances = folds.X.var(axis=(0, 1))
+        typical = np.array([-np.log(max(variances.sum(), 1e-300))] * count)
+        fixed = None
+        if not self.tunes_gamma:
+            options = {"gamma": estimator.gamma, "degree": estimator.degree, "coef0": estimator.coef0}
+            if options["gamma"] in ("scale", "auto"):
+                options["gamma"] = 1 / (p * folds.X.var()) if options["gamma"] == "scale" else 1 / p
+            fixed = np.stack(
+                [pairwise_kernels(f, metric=estimator.kernel, filter_params=True, **options) for f in folds.X]
+            )
+        first = np.log(0.1 * (np.mean(np.einsum("kii->ki", fixed)) if fixed is not None else 1.0))
+        if self.name == "SVC":
+            first = -np.log(10 * np.exp(first)) if fixed is not None else 0.0
+        offset = np.append(first, typical)
+        size = 1 + count
+        spread = np.zeros((p, size))
+        if count:
+            spread[np.arange(p), 1 + own] = 1
+        arrays = tuple(jnp.asarray(a, float) for a in (folds.X, offset, spread, y, folds.train, self._judged(folds, y)))
+        features, offset_, spread_, targets, train, judged = arrays
+        fixed_ = None if fixed is None else jnp.asarray(fixed, float)
+        support = self.name == "SVC"
+
+        def parts(mix):
+            kernel = kernels.Kernel(features, jnp.asarray(mix, float), offset_, spread_, fixed_)
+            training = (kernels.SupportVectorTraining if support else kernels.KernelRidgeTraining)(
+                kernel, targets, train
+            )
+            loss = kernels.logistic if support else kernels.mean_squared
+            return training, kernels.KernelJudge(kernel, targets, judged, loss, support)
+
+        lower, upper = np.append(-9.0, np.full(count, -7.0)), np.append(7.0, np.full(count, 7.0))
+        if support:
+            lower[0], upper[0] = -7.0, 7.0
+        firsts = (-4.0, -1.0, 2.0, 5.0) if support else (-7.0, -4.5, -2.0, 0.5, 3.0)
+        others = (-3.0, -1.5, 0.0, 1.5, 3.0) if count else (0.0,)
+        scan = np.array([np.append(a, np.full(count, b)) for a in firsts for b in others])
+        return Setup(np.append(False, np.ones(count, bool)), offset, lower, upper, scan, parts)
+
+    # -------------------------------------------------------------------------------------------- x to parameters
+
+    def parameters(self, u: np.ndarray, own: np.ndarray, single: bool, at_lower: np.ndarray) -> dict[str, Any]:
+        """scikit-learn's parameters for u, the logarithms of the penalties used (offset included)."""
+        value = np.exp(u)
+        if self.name == "ElasticNet":
+            one, two = value[0], 0.0 if at_lower[1] else value[1]
+            return {"alpha": float(one + two), "l1_ratio": float(one / (one + two))}
+        if self.kernel:
+            found = {"C" if self.name == "SVC" else "alpha": float(value[0])}
+            if self.tunes_gamma:
+                found["gamma"] = float(value[1]) if single else value[1:][own]
+            return found
+        if self.name in ("LogisticRegression", "LinearSVC"):
+            return {"C": float(1 / value[0]) if single else 1 / value[own]}
+        return {"alpha": float(value[0]) if single else value[own]}
+
+    def expressed(self, parameters: dict[str, Any]) -> Any:
+        """An unfitted estimator with these parameters: scikit-learn's own, or one on scaled features."""
+        estimator = clone(self.estimator)
+        arrays = {k: v for k, v in parameters.items() if np.ndim(v)}
+        numbers = {k: v for k, v in parameters.items() if not np.ndim(v)}
+        if not arrays:
+            return estimator.set_params(**numbers)
+        ((name, values),) = arrays.items()
+        if np.ptp(np.log(values)) < 1e-12:
+            return estimator.set_params(**numbers, **{name: float(values[0])})
+        _, first = np.unique(values, return_index=True)
+        middle = float(np.exp(np.mean(np.log(values[first]))))
+        ratio = middle / values if name == "alpha" else values / middle
+        scale = ratio if self.name == "Lasso" else np.sqrt(ratio)
+        return FeatureScaled(estimator.set_params(**numbers, **{name: middle}), scale)
+
+
+def _judged_logistic(X, w, targets):
+    return families.logistic(None, X, w, targets)
+
+
+def _judged_multinomial(X, w, targets):
+    return families.multinomial(None, X, w, targets)
+
+
+def _judged_poisson(X, w, targets):
+    return families.poisson(None, X, w, targets)
+
+
+def _judged_hinge(X, w, targets):
+    return families.hinge(None, X, w, targets)
+
+
+_HUBER: dict[float, Callable] = {}
+
+
+def _huber(epsilon: float) -> Callable:
+    """One function for each epsilon, so that it compiles once."""
+    return _HUBER.setdefault(epsilon, families.huber(epsilon))
+
+
+def _check_options(estimator: Any) -> None:
+    """Raises ValueError for options that the criterion would not know of."""
+    name = type(estimator).__name__
+    wanted = {
+        "Ridge": {"positive": (False,)},
+        "Lasso": {"positive": (False,)},
+        "ElasticNet": {"positive": (False,)},
+        "LogisticRegression": {"class_weight": (None,), "l1_ratio": (None, 0, 0.0)},
+        "LinearSVC": {"class_weight": (None,), "loss": ("squared_hinge",), "penalty": ("l2",)},
+        "SVC": {"class_weight": (None,)},
+    }
+    for option, allowed in wanted.get(name, {}).items():
+        value = getattr(estimator, option, allowed[0])
+        if not any(value is a or (isinstance(value, type(a)) and value == a) for a in allowed):
+            raise ValueError(
+                f"HypergradientSearchCV: {name}({option}={value!r}) cannot be tuned; it must be one of {allowed}."
+            )

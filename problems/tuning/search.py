@@ -1,0 +1,318 @@
+"""The search: a scikit-learn estimator's penalties, tuned by hypergradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from sklearn.base import BaseEstimator, MetaEstimatorMixin, clone, is_classifier
+from sklearn.metrics import get_scorer
+from sklearn.model_selection import check_cv, cross_val_score
+from sklearn.pipeline import Pipeline
+from sklearn.utils import column_or_1d
+from sklearn.utils._tags import get_tags
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+
+from ._penalties import group_numbers
+from ._search_folds import final_step, fold_data
+from ._search_loop import Search, choose_strength
+from ._search_setup import SUPPORTED, Family
+
+KINDS = ("shared", "per-feature")
+
+
+def _has(name: str):
+    return available_if(lambda self: hasattr(getattr(self, "best_estimator_", self.estimator), name))
+
+
+class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
+    """Tunes the penalties of a scikit-learn estimator: any number of them, by hypergradients of a K-fold criterion.
+
+    **Arguments:** `estimator`: `Ridge`, `LogisticRegression`, `Lasso`, `ElasticNet`, `KernelRidge`, `SVC`, `LinearSVC`,
+    `PoissonRegressor` or `HuberRegressor`, or a `Pipeline` that ends in one; a pipeline's transformers are fitted
+    inside each fold. `penalties`: "shared": one penalty (`alpha`, `C`; for the "rbf" kernel also `gamma`, for
+    `ElasticNet` also `l1_ratio`); "per-feature": one for each feature of the last step (for "rbf" one length scale
+    each). `groups`: an integer per feature, numbered from 0: one penalty each. `cv`: as in scikit-learn. `scoring`: a
+    name; None: "neg_mean_squared_error", "neg_log_loss" (classifiers with probabilities) or "accuracy". Optimized
+    exactly: these two, "r2", and "neg_mean_poisson_deviance" for `PoissonRegressor`; through a surrogate all others:
+    the squared error, the log loss, the squared hinge (`LinearSVC`) or the log loss of decision values (`SVC`, with a
+    rounded hinge). `shrinkage`: how strongly own log-penalties are pulled to their shared value: 0, a number (in units
+    of the shared optimum's value), or "auto": by nested cross-validation over strengths and infinity, the largest
+    within one standard error (of paired differences) of the best. `n_iter`, `tol`: of the outer optimization.
+    `random_state`: of the nested splits. `verbose`: 1: a progress bar.
+
+    **Attributes:** `best_params_`, `best_score_`, `best_estimator_`, `hypergradient_history_` (a dict a step: `step`,
+    `value`, `gradient_norm`, `error`), `shrinkage_` (the strength used), `shrinkage_scores_` ("auto": strength -> test
+    losses of the nested splits), `n_splits_`, `scorer_`, `classes_`, `n_features_in_`, `feature_names_in_`.
+
+    **Raises:** ValueError, TypeError in `fit`: an estimator or an option it cannot differentiate, by name; sparse
+    matrices; NaN; lengths that do not fit; a fold that trains on one class.
+    """
+
+    def __init__(
+        self,
+        estimator: Any,
+        *,
+        penalties: Any = "shared",
+        groups: Any = None,
+        cv: Any = 5,
+        scoring: Any = None,
+        shrinkage: Any = "auto",
+        n_iter: int = 100,
+        tol: float = 1e-4,
+        random_state: Any = None,
+        verbose: int = 0,
+    ):
+        self.estimator = estimator
+        self.penalties = penalties
+        self.groups = groups
+        self.cv = cv
+        self.scoring = scoring
+        self.shrinkage = shrinkage
+        self.n_iter = n_iter
+        self.tol = tol
+        self.random_state = random_state
+        self.verbose = verbose
+
+    # -------------------------------------------------------------------------------------------- fitting
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> HypergradientSearchCV:
+        """Tunes on (X, y), shapes (n, p) and (n,), and refits on all rows."""
+        before, last, prefix = self._checked()
+        rows, y = self._data(X, y, before)
+        weights = None if sample_weight is None else _check_sample_weight(sample_weight, rows, dtype=np.float64)
+        classifier = is_classifier(last)
+        score, self.scorer_ = self._scoring(last)
+        family = Family(last, score)
+        splitter = check_cv(self.cv, y, classifier=classifier)
+        pairs = [(np.asarray(a), np.asarray(b)) for a, b in splitter.split(rows, y)]
+        self.n_splits_ = len(pairs)
+        if classifier:
+            self._classes(y, pairs)
+        targets = family.targets(y)
+        with jax.enable_x64(True):
+            folds = fold_data(before, rows, y, pairs, weights)
+            own = self._own(folds.X.shape[2])
+            search = Search(family.setup(folds, targets, own), self.n_iter, self.tol, self.verbose)
+            shared = search.shared()
+            several = int(search.setup.own.sum()) > 1
+            self.shrinkage_ = np.inf if not several else self.shrinkage
+            if several and self.shrinkage == "auto":
+                nested = _Nested(self, family, before, rows, y, targets, weights, own, classifier)
+                self.shrinkage_, self.shrinkage_scores_ = choose_strength(nested, shared.x, self.random_state)
+            found = shared if np.isinf(self.shrinkage_) else search.own(shared, float(self.shrinkage_))
+        self.hypergradient_history_ = found.history
+        single = not several
+        self.best_params_ = self._named(family, prefix, search, found.x, own, single)
+        self.best_estimator_ = self._final(family, search, found.x, own, single)
+        fit_options = {} if weights is None else {f"{prefix}sample_weight": weights}
+        self.best_score_ = float(
+            np.mean(cross_val_score(self.best_estimator_, rows, y, cv=pairs, scoring=self.scorer_, params=fit_options))
+        )
+        self.best_estimator_.fit(rows, y, **fit_options)
+        if hasattr(self.best_estimator_, "classes_"):
+            self.classes_ = self.best_estimator_.classes_
+        return self
+
+    def _checked(self) -> tuple[Any, Any, str]:
+        before, last, prefix = final_step(self.estimator)
+        name = type(last).__name__
+        if name not in SUPPORTED or not type(last).__module__.startswith("sklearn."):
+            raise ValueError(
+                f"HypergradientSearchCV: cannot differentiate {name}; it tunes {', '.join(SUPPORTED)}, alone or at the "
+                "end of a Pipeline."
+            )
+        if not (isinstance(self.penalties, str) and self.penalties in KINDS):
+            raise ValueError(
+                f"HypergradientSearchCV: `penalties` must be 'shared' or 'per-feature' (or pass `groups`), found "
+                f"{self.penalties!r}."
+            )
+        if self.groups is not None and self.penalties != "shared":
+            raise ValueError("HypergradientSearchCV: pass `groups` or `penalties='per-feature'`, not both.")
+        number = isinstance(self.shrinkage, (int, float, np.number)) and not isinstance(self.shrinkage, bool)
+        if not (isinstance(self.shrinkage, str) and self.shrinkage == "auto") and not (number and self.shrinkage >= 0):
+            raise ValueError(
+                f"HypergradientSearchCV: `shrinkage` must be 'auto' or a number >= 0, found {self.shrinkage!r}."
+            )
+        if not (isinstance(self.n_iter, (int, np.integer)) and self.n_iter >= 1):
+            raise ValueError(f"HypergradientSearchCV: `n_iter` must be an integer >= 1, found {self.n_iter!r}.")
+        if not float(self.tol) > 0:
+            raise ValueError(f"HypergradientSearchCV: `tol` must be positive, found {self.tol!r}.")
+        return before, last, prefix
+
+    def _data(self, X: Any, y: Any, before: Any) -> tuple[Any, np.ndarray]:
+        """X as it goes into the pipeline, and y of shape (n,)."""
+        if hasattr(X, "toarray"):
+            raise ValueError(
+                "HypergradientSearchCV: `X` is a sparse matrix; Sparse data was passed, but dense data is required. "
+                "Use X.toarray()."
+            )
+        if y is None:
+            raise ValueError("HypergradientSearchCV requires y to be passed, but the target y is None.")
+        classifier = is_classifier(self.estimator)
+        if before is None:
+            checked, y = validate_data(self, X, y, dtype=np.float64, y_numeric=not classifier, ensure_min_samples=2)
+            rows = checked
+        else:  # the pipeline may want names or columns that are no numbers
+            validate_data(self, X, y, skip_check_array=True)
+            rows = X if hasattr(X, "columns") else np.asarray(X)
+            y = column_or_1d(np.asarray(y), warn=True)
+            if len(rows) != len(y):
+                raise ValueError(f"HypergradientSearchCV: `X` has {len(rows)} rows, but `y` has {len(y)} entries.")
+        if not classifier:
+            y = np.asarray(y, float)
+            if not np.all(np.isfinite(y)):
+                raise ValueError("HypergradientSearchCV: `y` contains NaN or infinity.")
+        if type(final_step(self.estimator)[1]).__name__ == "PoissonRegressor" and (np.any(y < 0) or not np.any(y > 0)):
+            raise ValueError("HypergradientSearchCV: PoissonRegressor takes targets y >= 0, not all zero.")
+        return rows, y
+
+    def _classes(self, y: np.ndarray, pairs: list) -> None:
+        check_classification_targets(y)
+        classes = np.unique(y)
+        if len(classes) < 2:
+            raise ValueError(
+                f"HypergradientSearchCV: a classifier needs at least 2 classes, `y` has 1 class only: {classes[0]!r}."
+            )
+        for k, (rows, _) in enumerate(pairs):
+            missing = np.setdiff1d(classes, y[rows])
+            if missing.size:
+                raise ValueError(
+                    f"HypergradientSearchCV: `cv`, fold {k}: its training rows lack the class {missing[0]!r}; use "
+                    "fewer folds, or stratified ones."
+                )
+
+    def _own(self, features: int) -> np.ndarray:
+        if self.groups is not None:
+            return np.asarray(group_numbers("HypergradientSearchCV", self.groups, features))
+        return np.arange(features) if self.penalties == "per-feature" else np.zeros(features, int)
+
+    def _scoring(self, last: Any) -> tuple[str | None, Any]:
+        name = self.scoring
+        if name is None:
+            name = "neg_mean_squared_error"
+            if is_classifier(last):
+                name = "neg_log_loss" if hasattr(last, "predict_proba") else "accuracy"
+        return (name if isinstance(name, str) else None), get_scorer(name) if isinstance(name, str) else name
+
+    def _named(self, family: Family, prefix: str, search: Search, x, own, single: bool) -> dict[str, Any]:
+        setup = search.setup
+        found = family.parameters(x + setup.offset, own, single, x <= setup.lower + 1e-6)
+        return {prefix + name: value for name, value in found.items()}
+
+    def _final(self, family: Family, search: Search, x, own, single: bool) -> Any:
+        setup = search.setup
+        last = family.expressed(family.parameters(x + setup.offset, own, single, x <= setup.lower + 1e-6))
+        if not isinstance(self.estimator, Pipeline):
+            return last
+        whole = clone(self.estimator)
+        return whole.set_params(**{whole.steps[-1][0]: last})
+
+    # -------------------------------------------------------------------------------------------- afterwards
+
+    def _rows(self, X: Any) -> Any:
+        check_is_fitted(self, "best_estimator_")
+        if isinstance(self.estimator, Pipeline):
+            validate_data(self, X, reset=False, skip_check_array=True)
+            return X if hasattr(X, "columns") else np.asarray(X)
+        return validate_data(self, X, reset=False, dtype=np.float64)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The best estimator's predictions, shape (m,)."""
+        return self.best_estimator_.predict(self._rows(X))
+
+    @_has("predict_proba")
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """The best estimator's probabilities, shape (m, classes)."""
+        return self.best_estimator_.predict_proba(self._rows(X))
+
+    @_has("decision_function")
+    def decision_function(self, X: Any) -> np.ndarray:
+        """The best estimator's decision function."""
+        return self.best_estimator_.decision_function(self._rows(X))
+
+    def score(self, X: Any, y: Any) -> float:
+        """The score of the best estimator, by `scoring`."""
+        rows = self._rows(X)
+        return float(self.scorer_(self.best_estimator_, rows, y))
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draws the criterion, the gradient's norm and its error per step; returns the matplotlib axes."""
+        import matplotlib.pyplot as plt
+
+        check_is_fitted(self, "best_estimator_")
+        ax = plt.subplots()[1] if ax is None else ax
+        steps = [h["step"] for h in self.hypergradient_history_]
+        ax.plot(steps, [h["value"] for h in self.hypergradient_history_], "k:", label="criterion")
+        ax.set(xlabel="outer step", ylabel="criterion")
+        twin = ax.twinx()
+        twin.semilogy(steps, [h["gradient_norm"] for h in self.hypergradient_history_], label="|gradient|")
+        twin.semilogy(steps, [h["error"] for h in self.hypergradient_history_], label="its error")
+        twin.legend()
+        return ax
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        inner = get_tags(self.estimator)
+        tags.estimator_type = inner.estimator_type
+        tags.classifier_tags, tags.regressor_tags = inner.classifier_tags, inner.regressor_tags
+        tags.target_tags.required = True
+        tags.target_tags.single_output = True
+        tags.target_tags.multi_output = False
+        tags.target_tags.positive_only = inner.target_tags.positive_only
+        if tags.classifier_tags is not None and type(final_step(self.estimator)[1]).__name__ == "SVC":
+            tags.classifier_tags.multi_class = False
+        tags.input_tags.sparse = False
+        tags.input_tags.allow_nan = isinstance(self.estimator, Pipeline) and inner.input_tags.allow_nan
+        return tags
+
+
+class _Nested:
+    """What `choose_strength` asks: outer splits, the search within one, and the loss on what it leaves out."""
+
+    def __init__(self, search: HypergradientSearchCV, family, before, rows, y, targets, weights, own, classifier: bool):
+        self.search, self.family, self.before, self.rows, self.y = search, family, before, rows, y
+        self.targets, self.weights, self.own, self.classifier = targets, weights, own, classifier
+
+    def splits(self, random_state: Any) -> list:
+        """The outer splits: five, shuffled (stratified for classifiers), or as many as the smallest class allows."""
+        from sklearn.model_selection import KFold, StratifiedKFold
+
+        if not self.classifier:
+            return list(KFold(min(5, len(self.y)), shuffle=True, random_state=random_state).split(self.targets))
+        count = min(5, int(np.unique(self.y, return_counts=True)[1].min()))
+        if count < 2:
+            return []
+        folds = StratifiedKFold(count, shuffle=True, random_state=random_state)
+        return list(folds.split(self.targets, self.y))
+
+    def inner(self, rows: np.ndarray) -> Search | None:
+        """The search on the training rows of an outer split, or None where folds would lack a class."""
+        own_splits = self.search.cv if not hasattr(self.search.cv, "__iter__") else self.search.n_splits_
+        labels = self.y[rows]
+        try:
+            pairs = list(check_cv(own_splits, labels, classifier=self.classifier).split(rows, labels))
+        except ValueError:
+            return None
+        if len(pairs) != self.search.n_splits_:
+            return None
+        if self.classifier and any(len(np.unique(labels[a])) < len(np.unique(self.y)) for a, _ in pairs):
+            return None
+        pairs = [(rows[a], rows[b]) for a, b in pairs]
+        folds = fold_data(self.before, self.rows, self.y, pairs, self.weights)
+        setup = self.family.setup(folds, self.targets, self.own)
+        return Search(setup, min(40, self.search.n_iter), max(1e-3, self.search.tol), self.search.verbose)
+
+    def loss(self, search: Search, x: np.ndarray, train: np.ndarray, test: np.ndarray) -> float:
+        """Minus the score on the test rows of the estimator at x, fitted on the training rows."""
+        from sklearn.utils import _safe_indexing
+
+        model = self.search._final(self.family, search, x, self.own, False)
+        options = {}
+        if self.weights is not None:
+            options = {f"{final_step(self.search.estimator)[2]}sample_weight": self.weights[train]}
+        model.fit(_safe_indexing(self.rows, train), self.y[train], **options)
+        return -float(self.search.scorer_(model, _safe_indexing(self.rows, test), self.y[test]))
