@@ -213,7 +213,8 @@ def correct(
     after = jnp.linalg.norm(residual)
     moved = jnp.linalg.norm(flat - point)
     eps = coarsest(unravel(flat))
-    settled = (moved <= 100 * eps * condition * jnp.linalg.norm(flat)) | (before == 0)
+    length = jnp.maximum(jnp.linalg.norm(flat), jnp.asarray(inner.unit_at(x, unravel(flat)), flat.dtype))
+    settled = (moved <= 100 * eps * condition * length) | (before == 0)
     lower = jnp.isfinite(after) & (after < before)
     stopped_short = status == Status("linear_solve")  # an early stop is no reason to refuse: the residual judges
     if guard:

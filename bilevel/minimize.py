@@ -116,6 +116,7 @@ def minimize(
     `NotConverged` when a hypergradient fails.
     """
     x0, y0 = prepare_problem("minimize", problem, x0, y0, "y0")
+    problem.before_minimizing(x0, y0)
     prox = problem.prox if prox is None else prox
     method = _check_method(method, prox)
     _check_numbers(tol, max_steps, rtol)

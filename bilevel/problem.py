@@ -83,6 +83,7 @@ class AbstractInner(eqx.Module):
     - `multipliers_at(x, y)`: of the constraints, at a solution, or None;
     - `size_of_error(x, y, F, step)`: (error, scale) by which `solve` judges its rtol, or None: the norm of the
       Newton step against the norm of y;
+    - `unit_at(x, y)`: a size of y against which round-off counts where y itself is near zero, or 0: y's own norm;
     - `trouble_at(x, y)`: after a failure, outside tracing: a sentence about the data that makes it one, or None;
     - `initial()`: a y to start from (plugins).
     """
@@ -145,6 +146,9 @@ class AbstractInner(eqx.Module):
     def is_objective(self, function: Any) -> bool:
         """Whether `function` is the objective that y*(x) minimizes without constraints, equal data included."""
         return False
+
+    def unit_at(self, x: PyTree, y: PyTree) -> Scalar | float:
+        return 0.0
 
     def trouble_at(self, x: PyTree, y: PyTree) -> str | None:
         return None
@@ -364,6 +368,9 @@ class AbstractBilevelProblem(eqx.Module):
     def penalty(self, x: PyTree) -> Scalar | None:
         """The value of that penalty, or None where there is none."""
         return None
+
+    def before_minimizing(self, x: PyTree, y: PyTree) -> None:
+        """Asked once by `minimize`, outside tracing: raises ValueError where there is no single minimizer to find."""
 
     def initial(self) -> tuple[PyTree, PyTree]:
         """`(x0, y0)` to start from; plugins know one."""

@@ -525,3 +525,40 @@ class _Knowing(bilevel.AbstractInner):
 def test_an_inner_problem_may_say_itself_what_is_wrong():
     with pytest.raises(NotConverged, match="bilevel.solve: x is 1, and no square is negative"):
         bilevel.solve(_Knowing(), jnp.asarray(1.0), jnp.asarray(0.5))
+
+
+class _AtZero(bilevel.AbstractInner):
+    """A quadratic inner problem whose solution at x = 0 is y = 0, written with round-off that |y| knows nothing of."""
+
+    unit: float
+
+    def optimality(self, x, y):
+        return (y + 1e3) - 1e3 - x
+
+    def unit_at(self, x, y):
+        return self.unit
+
+
+def test_an_inner_problem_may_say_what_its_unit_is():
+    """Where y is zero, its norm is no measure of round-off."""
+    x, y0 = jnp.zeros(3), jnp.asarray([1e-14, -2e-14, 1e-14])
+    outer = lambda x, y: jnp.sum(jnp.sin(y + 1))
+    found = bilevel.estimate(BilevelProblem(_AtZero(1e3), outer), x, y0)
+    assert found.converged
+    assert relative(found.gradient, np.cos(1) * np.ones(3)) < 1e-9
+
+
+def test_a_problem_may_refuse_to_be_minimized():
+    class Refusing(bilevel.AbstractBilevelProblem):
+        inner: bilevel.AbstractInner
+
+        def outer(self, x, y):
+            return jnp.sum(y)
+
+        def before_minimizing(self, x, y):
+            raise ValueError("every x is a minimizer")
+
+    problem = Refusing(_AtZero(1e3))
+    assert bilevel.estimate(problem, X3, X3).converged
+    with pytest.raises(ValueError, match="every x is a minimizer"):
+        bilevel.minimize(problem, X3, X3)

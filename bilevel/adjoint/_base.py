@@ -51,6 +51,7 @@ class Estimate(NamedTuple):
     inner_touches_x: jax.Array  # False where F_x' v is exactly zero although v is not
     contracted: jax.Array  # whether the correction lowered the residual
     eps: jax.Array  # machine precision of y's coarsest leaf
+    unit: jax.Array  # the inner problem's own unit of y, or zero
     quality: jax.Array  # how wrong the prepared state is at this point: relative residual of its own solutions
     smooth: jax.Array  # whether F is smooth along the step still to go
     evaluations: jax.Array  # of F

@@ -170,7 +170,7 @@ def _contracts(found: Estimate, last: jax.Array, solver) -> jax.Array:
 
 def _tiny(found: Estimate) -> jax.Array:
     """Whether the step still to go is round-off."""
-    return jnp.linalg.norm(found.step) <= 1e3 * found.eps * jnp.linalg.norm(found.flat)
+    return jnp.linalg.norm(found.step) <= 1e3 * found.eps * jnp.maximum(jnp.linalg.norm(found.flat), found.unit)
 
 
 def _descend(inner, x, unravel, solver, moved, target: Target):
