@@ -3,5 +3,20 @@
 from . import gaussian
 from ._solvers import Automatic, SchurNewton, Sinkhorn
 from .entropic import EntropicOT, UnbalancedOT
+from .inverse import InverseOT
+from .penalties import L1, Box, Group, NuclearNorm, Sign
 
-__all__ = ["Automatic", "EntropicOT", "SchurNewton", "Sinkhorn", "UnbalancedOT", "gaussian"]
+__all__ = [
+    "L1",
+    "Automatic",
+    "Box",
+    "EntropicOT",
+    "Group",
+    "InverseOT",
+    "NuclearNorm",
+    "SchurNewton",
+    "Sign",
+    "Sinkhorn",
+    "UnbalancedOT",
+    "gaussian",
+]

@@ -65,14 +65,10 @@ class Dual(NamedTuple):
         """The lambda that maximizes the dual at (f + lambda, g - lambda)."""
         if self.balanced:
             return jnp.zeros_like(self.epsilon)
-        left, right = (
-            jnp.log(jnp.vdot(w, decay(p, t))) for w, p, t in ((self.a, f, self.tau_1), (self.b, g, self.tau_2))
-        )
-        if self.tau_1 is None:
-            return self.tau_2 * (left - right)  # pyright: ignore[reportOperatorIssue]
-        if self.tau_2 is None:
-            return self.tau_1 * (left - right)
-        return self.tau_1 * self.tau_2 / (self.tau_1 + self.tau_2) * (left - right)
+        left = jnp.log(jnp.vdot(self.a, decay(f, self.tau_1)))
+        right = jnp.log(jnp.vdot(self.b, decay(g, self.tau_2)))
+        softness = sum(1 / t for t in (self.tau_1, self.tau_2) if t is not None)
+        return (left - right) / softness
 
 
 def eta(t: Array | None, epsilon: Array) -> Array:

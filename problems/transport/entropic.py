@@ -139,6 +139,10 @@ class AbstractTransport(bilevel.AbstractInner):
         mass = jnp.maximum(jnp.sum(self.a * _decay(f, self._tau[0])), 1e-3 * jnp.sum(self.a))
         return error, mass
 
+    def unit_at(self, x, y):
+        """epsilon: potentials that differ by much less give the same coupling."""
+        return self.epsilon * float(np.sqrt(len(self.a) + len(self.b)))
+
     def check(self, x, y):
         name = type(self).__name__
         check_like(y, self.initial(), name, "y", "the potentials (f, g)")
@@ -329,4 +333,5 @@ class UnbalancedOT(AbstractTransport):
     @property
     def tau(self) -> tuple[Any, Any]:
         """(tau_1, tau_2), infinite where a marginal is kept exactly."""
-        return tuple(np.inf if t is None else t for t in self._tau)
+        first, second = (np.inf if t is None else t for t in self._tau)
+        return first, second

@@ -60,8 +60,8 @@ def both_outer(p):
 
 def both_reference(p):
     p = jax.tree.map(np.asarray, p)
-    taus = [np.inf if t is None else float(t) for t in p.get("tau", (None, None))]
-    pi, value, *_ = reference(p["C0"] + p["x"] * p["C1"], p["a"], p["b"], float(p["epsilon"]), *taus)
+    tau_1, tau_2 = (np.inf if t is None else float(t) for t in p.get("tau", (None, None)))
+    pi, value, *_ = reference(p["C0"] + p["x"] * p["C1"], p["a"], p["b"], float(p["epsilon"]), tau_1, tau_2)
     return value, np.sum(W * pi**2)
 
 
