@@ -4,6 +4,8 @@ from . import gaussian
 from ._penalties import L1
 from .features import Fourier, Neural, Polynomials, Quadratic, RadialBasis
 from .inverse import InverseJKO
+from .quadratic import QuadraticJKO
+from .scores import earth_mover, mmd
 from .simulate import simulate
 from .step import JKOStep
 
@@ -15,7 +17,10 @@ __all__ = [
     "Neural",
     "Polynomials",
     "Quadratic",
+    "QuadraticJKO",
     "RadialBasis",
+    "earth_mover",
     "gaussian",
+    "mmd",
     "simulate",
 ]

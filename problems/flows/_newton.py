@@ -63,7 +63,9 @@ def _curvature(steps: Steps, theta, y, t: int, rtol) -> tuple:
     tau, design, b = steps.step_sizes[t], steps.designs[t], steps.weights[t + 1]  # type: ignore[index]
     if steps.mode == LIMIT:
         centred = design - b @ design
-        return tau**2 * (centred.T @ (b[:, None] * centred)), tau * (b @ design)
+        centred = jnp.sqrt(b)[:, None] * centred
+        H = tau**2 * (centred.T @ centred)
+        return (H + H.T) / 2, tau * (b @ design)
     return potentials.curvature(steps.kernel(t), steps.work(theta, t), y, tau * design, rtol)
 
 

@@ -15,6 +15,7 @@ from bilevel.solvers._base import AbstractSolver, Found
 
 from . import _potentials as potentials
 from ._kernel import Kernel, log_weights
+from ._solver import Identity
 from .features import Linear
 
 CLOSED, SOFT, LIMIT = "closed", "soft", "limit"
@@ -91,7 +92,7 @@ class Steps(bilevel.AbstractInner):
 
     @property
     def linear_solver(self):
-        return None if self.mode == SOFT else bilevel.Krylov()  # elsewhere dF/dy is the identity
+        return None if self.mode == SOFT else Identity()
 
     @property
     def default_solver(self):

@@ -26,7 +26,7 @@ def simulate(
     step_size: Any,
     temperature: Any = 0,
     key: Any = None,
-) -> Float[Array, "steps+1 n d"]:
+) -> Float[Array, "times n d"]:
     """Explicit Euler steps z <- z - step_size grad V(z) + noise of variance 2 temperature step_size (Langevin).
 
     **Arguments:** `potential(x, z) -> scalar` at one point z of shape (d,), x any tree or None. `particles`: (n, d).

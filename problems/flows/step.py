@@ -16,7 +16,7 @@ from bilevel.problem import as_given, as_node
 
 from . import _inputs as inputs
 from ._kernel import Kernel, log_weights
-from ._solver import StepSolver
+from ._solver import Identity, StepSolver
 
 OWNER = "flows.JKOStep"
 
@@ -155,7 +155,7 @@ class JKOStep(bilevel.AbstractInner):
 
     @property
     def linear_solver(self):
-        return bilevel.Krylov() if self.closed else None  # the closed form's dF/dy is the identity
+        return Identity() if self.closed else None
 
     @property
     def default_solver(self):
