@@ -4,10 +4,12 @@ import jax
 import pytest
 
 import bilevel.testing
-from problems import tuning
+from problems import flows, tuning
 
-CASES = {f"tuning: {name}": make for name, make in tuning.examples().items()}
-QUICK = ("tuning: ridge, folds, shared", "tuning: kernel ridge, leave-one-out")  # the others run in `make test-slow`
+PLUGINS = {"tuning": tuning, "flows": flows}
+CASES = {f"{name}: {key}": make for name, plugin in PLUGINS.items() for key, make in plugin.examples().items()}
+# what `make test` has time for; the others run in `make test-slow`
+QUICK = ("tuning: ridge, folds, shared", "tuning: kernel ridge, leave-one-out")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])

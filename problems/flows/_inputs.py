@@ -133,3 +133,15 @@ def step_sizes(owner: str, value: Any, steps: int, dtype: Any) -> Float[Array, "
     if concrete(array) and not np.all(np.asarray(array) > 0):
         raise ValueError(f"{owner}: `step_size` must be positive, found {float(np.asarray(array).min()):g}.")
     return jnp.broadcast_to(array.astype(dtype), (steps,))
+
+
+def kept_steps(owner: str, without: Any, count: int) -> list[int]:
+    """The steps between `count` snapshots that do not touch snapshot number `without`."""
+    if without is None:
+        return list(range(count - 1))
+    if isinstance(without, bool) or not isinstance(without, int) or not 0 <= without < count:
+        raise ValueError(f"{owner}: `without` must be the number of a snapshot, 0 to {count - 1}, found {without!r}.")
+    keep = [t for t in range(count - 1) if without not in (t, t + 1)]
+    if not keep:
+        raise ValueError(f"{owner}: without snapshot {without} there is no step left; give more `snapshots`.")
+    return keep

@@ -39,7 +39,7 @@ class Point(NamedTuple):
 @eqx.filter_jit
 def _value(steps: Steps, theta, y, t: int, tol) -> tuple:
     """Potential, loss, gradient and the residual of the potential, for step t."""
-    tau, design, b = steps.step_sizes[t], steps.designs[t], steps.weights[t + 1]  # type: ignore[index]
+    tau, design, b = steps.step_sizes[t], steps.designs[t], steps.weights[t]  # type: ignore[index]
     w = steps.work(theta, t)
     centred = design - b @ design
     if steps.mode == LIMIT:
@@ -60,7 +60,7 @@ def _value(steps: Steps, theta, y, t: int, tol) -> tuple:
 @eqx.filter_jit
 def _curvature(steps: Steps, theta, y, t: int, rtol) -> tuple:
     """Hessian and the derivative of the potential, for step t."""
-    tau, design, b = steps.step_sizes[t], steps.designs[t], steps.weights[t + 1]  # type: ignore[index]
+    tau, design, b = steps.step_sizes[t], steps.designs[t], steps.weights[t]  # type: ignore[index]
     if steps.mode == LIMIT:
         centred = design - b @ design
         centred = jnp.sqrt(b)[:, None] * centred

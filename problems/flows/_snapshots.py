@@ -24,12 +24,14 @@ CLOSED, SOFT, LIMIT = "closed", "soft", "limit"
 class Steps(bilevel.AbstractInner):
     """y = one potential f_t of shape (n_t,) for each step; at sharpening = inf one intercept each, shape (steps,).
 
-    `designs` are the features at each snapshot but the first, (m_t, K), or None for a potential of another kind;
+    `weights` are the targets', `designs` the features at the targets, (m_t, K), or None for a potential of another kind;
     `offsets` the known part of the work; `strength` = sharpening + kappa; `balanced` the potential g of each target
     (m_t,) and `values` W_epsilon of each step: (6.1) of docs/theory/flows.md.
     """
 
-    clouds: tuple[Array, ...]
+    sources: tuple[Array, ...]
+    targets: tuple[Array, ...]
+    source_weights: tuple[Array, ...]
     weights: tuple[Array, ...]
     potential: Any
     designs: tuple[Array, ...] | None
@@ -46,41 +48,41 @@ class Steps(bilevel.AbstractInner):
     @property
     def count(self) -> int:
         """How many steps there are."""
-        return len(self.clouds) - 1
+        return len(self.targets)
 
     def kernel(self, t: int, ratio: Any = None) -> Kernel:
         """Points, weights and numbers of step t."""
         if ratio is None:
             one = jnp.ones_like(self.epsilon)
             ratio = one if self.mode == CLOSED else self.epsilon / (self.epsilon + self.strength)
-        a, b = log_weights(self.weights[t]), log_weights(self.weights[t + 1])
-        return Kernel(self.clouds[t], self.clouds[t + 1], a, b, self.epsilon, ratio)
+        a, b = log_weights(self.source_weights[t]), log_weights(self.weights[t])
+        return Kernel(self.sources[t], self.targets[t], a, b, self.epsilon, ratio)
 
     def work(self, x: PyTree, t: int) -> Float[Array, " m"]:
-        """step_size V (and what is known besides) at the points of snapshot t + 1."""
+        """step_size V (and what is known besides) at the target's points."""
         if self.designs is not None:
             values = self.designs[t] @ x
         else:
-            values = jax.vmap(lambda z: self.potential(x, z))(self.clouds[t + 1])
+            values = jax.vmap(lambda z: self.potential(x, z))(self.targets[t])
         w = self.step_sizes[t] * values.astype(self.epsilon.dtype)
         return w if self.offsets is None else w + self.offsets[t]
 
     def loss(self, x: PyTree, y: PyTree, t: int) -> Float[Array, ""]:
         """The loss of step t at the potential (or intercept) y_t."""
-        w, b = self.work(x, t), self.weights[t + 1]
+        w, b = self.work(x, t), self.weights[t]
         if self.mode == LIMIT:
             return 0.5 * jnp.vdot(b, jnp.square(self.balanced[t] + w - y[t]))
         return jnp.vdot(b, w) + self.values[t] - self.kernel(t).dual(w, y[t])
 
     def new_weights(self, x: PyTree, y: PyTree, t: int) -> Float[Array, " m"]:
-        """The model's weights of snapshot t + 1."""
+        """The model's weights of the target."""
         return self.kernel(t).weights(self.work(x, t), y[t])
 
     # ------------------------------------------------------------------------------------------------ the engine's
 
     def optimality(self, x, y):
         if self.mode == LIMIT:
-            means = [jnp.vdot(self.weights[t + 1], self.balanced[t] + self.work(x, t)) for t in range(self.count)]
+            means = [jnp.vdot(self.weights[t], self.balanced[t] + self.work(x, t)) for t in range(self.count)]
             return y - jnp.stack(means)
         return tuple(self.kernel(t).residual(self.work(x, t), y[t]) for t in range(self.count))
 
@@ -88,7 +90,7 @@ class Steps(bilevel.AbstractInner):
         """Zeros."""
         if self.mode == LIMIT:
             return jnp.zeros_like(self.step_sizes)
-        return tuple(jnp.zeros_like(a) for a in self.weights[:-1])
+        return tuple(jnp.zeros_like(a) for a in self.source_weights)
 
     @property
     def linear_solver(self):
@@ -116,7 +118,8 @@ class SnapshotSolver(AbstractSolver):
         found, steps = [], jnp.asarray(0)
         for t in range(inner.count):
             kernel, w = inner.kernel(t), inner.work(x, t)
-            least = jnp.sqrt(jnp.min(jnp.where(inner.weights[t] > 0, inner.weights[t], jnp.inf)))
+            a = inner.source_weights[t]
+            least = jnp.sqrt(jnp.min(jnp.where(a > 0, a, jnp.inf)))
             share = tol * least / np.sqrt(inner.count)  # |F| <= |a^1/2 F| / least
             f, _, count = potentials.find(kernel, w, y0[t], share)
             found.append(f)
@@ -124,14 +127,15 @@ class SnapshotSolver(AbstractSolver):
         return Found(tuple(found), jnp.maximum(steps, 1), jnp.maximum(steps, 1))
 
 
-def make_steps(clouds, weights, potential, offsets, step_sizes, epsilon, strength, mode) -> Steps:
+def make_steps(sources, targets, source_weights, weights, potential, offsets, step_sizes, epsilon, strength, mode) -> Steps:
     """The inner problem: features evaluated once, balanced potentials found once."""
     designs = None
     if isinstance(potential, Linear):
-        designs = tuple(jax.vmap(potential.features)(z).astype(z.dtype) for z in clouds[1:])
+        designs = tuple(jax.vmap(potential.features)(z).astype(z.dtype) for z in targets)
     steps = Steps(
-        clouds, weights, potential, designs, offsets, step_sizes, epsilon, strength, (), (), mode
-    )
+        sources, targets, source_weights, weights, potential, designs, offsets, step_sizes, epsilon, strength, (), (),
+        mode,
+    )  # fmt: skip
     balanced, values = zip(*(_balanced(steps.kernel(t, jnp.zeros_like(epsilon))) for t in range(steps.count)), strict=True)
     return eqx.tree_at(lambda s: (s.balanced, s.values), steps, (tuple(balanced), tuple(values)))
 

@@ -47,7 +47,8 @@ class InverseJKO(bilevel.AbstractBilevelProblem):
     entry of theta. `interaction`: features r -> (K',) of a difference r = z - z' of two points, whose coefficients
     follow those of V in theta; their field is frozen at the data. `penalty`: None or `L1(weight)`. `weights`: a sequence
     of weights of the particles, (n_t,) each. `log_density`: the log-density of each snapshot but the first at its
-    points, which `internal` needs; None: estimated with a Gaussian kernel, which adds a bias to V.
+    points, which `internal` needs; None: estimated with a Gaussian kernel, which adds a bias to V. `without`: the number
+    of a snapshot to leave out, with the steps to and from it.
 
     y is a tuple of potentials, (n_t,) for each step; at `sharpening=inf` one intercept for each step. All numbers are
     leaves and may be traced (a traced `sharpening` counts as positive and finite).
@@ -76,12 +77,14 @@ class InverseJKO(bilevel.AbstractBilevelProblem):
         penalty: Any = None,
         weights: Any = None,
         log_density: Any = None,
+        without: Any = None,
     ):
         clouds = inputs.snapshots(OWNER, snapshots)
         dtype, d = clouds[0].dtype, clouds[0].shape[1]
         sizes = inputs.step_sizes(OWNER, step_size, len(clouds) - 1, dtype)
         self.epsilon = inputs.number(OWNER, "`epsilon`", epsilon, dtype)
         masses = inputs.snapshot_weights(OWNER, weights, clouds)
+        keep = inputs.kept_steps(OWNER, without, len(clouds))
         rho, infinite, zero = _sharpening(sharpening, dtype)
         fit = isinstance(internal, str)
         if fit and internal != "fit":
@@ -91,12 +94,15 @@ class InverseJKO(bilevel.AbstractBilevelProblem):
         self.sharpening, self.internal = rho, kappa
         self.penalty_ = _checked_penalty(penalty)
         potential = as_potential(OWNER, features, d, dtype)
-        logs = None if none else _log_densities(log_density, clouds, masses)
+        logs = None if none else [_log_densities(log_density, clouds, masses)[t] for t in keep]
         offsets = None if none or fit else tuple(kappa * one for one in logs)
         mode = LIMIT if infinite else CLOSED if zero and (none or fit) else SOFT
         strength = jnp.zeros_like(rho) if infinite else rho if kappa is None else rho + kappa
-        self.inner = make_steps(clouds, masses, potential, offsets, sizes, self.epsilon, strength, mode)
-        extra = _extra_features(interaction, clouds, masses, logs if fit else None)
+        sources, targets = (tuple(clouds[t + k] for t in keep) for k in (0, 1))
+        pair = tuple(masses[t] for t in keep), tuple(masses[t + 1] for t in keep)
+        sizes = sizes[np.asarray(keep)]
+        self.inner = make_steps(sources, targets, *pair, potential, offsets, sizes, self.epsilon, strength, mode)
+        extra = _extra_features(interaction, targets, pair[1], logs if fit else None)
         if extra is not None:
             if self.inner.designs is None:
                 raise ValueError(f"{OWNER}: `interaction` and internal='fit' need features that are linear in theta.")
@@ -185,11 +191,11 @@ class InverseJKO(bilevel.AbstractBilevelProblem):
         return simulate(self.potential, theta, particles, steps=steps, step_size=size)
 
     def __repr__(self):
-        sizes = [len(z) for z in self.inner.clouds]
+        sizes = [f"{len(x)} -> {len(z)}" for x, z in zip(self.inner.sources, self.inner.targets, strict=True)]
         show = lambda a: f"{float(a):g}" if inputs.concrete(a) and isinstance(a, jax.Array) else "…"
         rho = "inf" if self.inner.mode == LIMIT else show(self.sharpening)
         return (
-            f"InverseJKO(snapshots of {sizes} points in dimension {self.inner.clouds[0].shape[1]}, "
+            f"InverseJKO(steps of {', '.join(sizes)} points in dimension {self.inner.targets[0].shape[1]}, "
             f"epsilon={show(self.epsilon)}, sharpening={rho}, internal={show(self.internal)})"
         )
 
@@ -223,12 +229,12 @@ def _log_densities(given: Any, clouds, masses) -> tuple[Array, ...]:
     return tuple(out)
 
 
-def _extra_features(interaction: Any, clouds, masses, logs) -> tuple[Array, ...] | None:
+def _extra_features(interaction: Any, targets, masses, logs) -> tuple[Array, ...] | None:
     """The columns that follow the features of V: the frozen field of an interaction, the log-density."""
-    columns = [[] for _ in clouds[1:]]
+    columns = [[] for _ in targets]
     if interaction is not None:
-        as_potential(f"{OWNER}, `interaction`", interaction, clouds[0].shape[1], clouds[0].dtype)
-        for part, z, b in zip(columns, clouds[1:], masses[1:], strict=True):
+        as_potential(f"{OWNER}, `interaction`", interaction, targets[0].shape[1], targets[0].dtype)
+        for part, z, b in zip(columns, targets, masses, strict=True):
             field = jax.lax.map(
                 lambda at, z=z, b=b: b @ jax.vmap(lambda other: interaction(at - other).astype(z.dtype))(z), z
             )
@@ -241,12 +247,12 @@ def _extra_features(interaction: Any, clouds, masses, logs) -> tuple[Array, ...]
 
 def _check_designs(steps: Steps) -> None:
     """Raises ValueError where a feature is NaN or infinite on a snapshot."""
-    for t, design in enumerate(steps.designs or (), 1):
+    for t, design in enumerate(steps.designs or ()):
         if inputs.concrete(design) and not np.isfinite(np.asarray(design)).all():
             values = np.asarray(design)
             k = int(np.argmax(~np.isfinite(values).all(0)))
             kind = np.where(np.isfinite(values[:, k]), 0.0, -np.inf)
             bad_potential(
                 f"{OWNER}: `features`, number {k} (values that are NaN or infinite: the potential is unbounded below),",
-                kind, np.asarray(steps.clouds[t]), f"snapshot {t}",
+                kind, np.asarray(steps.targets[t]), f"the snapshot that step {t} leads to",
             )  # fmt: skip

@@ -30,7 +30,7 @@ class QuadraticJKO(eqx.Module):
     (`at="old"`, explicit; exact for tracked particles moved by explicit Euler steps). (6.5) of docs/theory/flows.md
     [Terpin et al. 2024].
 
-    **Arguments:** `snapshots`, `features`, `step_size`, `weights` as for `InverseJKO`, features linear in theta.
+    **Arguments:** `snapshots`, `features`, `step_size`, `weights`, `without` as for `InverseJKO`, features linear in theta.
     `ridge` >= 0. `paired=True`: particle i of a snapshot is particle i of the next, no coupling is computed.
 
     **Raises:** ValueError, TypeError as `InverseJKO`; `newton` for features that the data cannot tell apart.
@@ -44,7 +44,7 @@ class QuadraticJKO(eqx.Module):
 
     def __init__(
         self, snapshots: Any, features: Any, step_size: Any, *, at: str = "new", ridge: Any = 0, weights: Any = None,
-        paired: bool = False,
+        paired: bool = False, without: Any = None,
     ):  # fmt: skip
         clouds = inputs.snapshots(OWNER, snapshots)
         dtype = clouds[0].dtype
@@ -59,11 +59,14 @@ class QuadraticJKO(eqx.Module):
         ridge = inputs.number(OWNER, "`ridge`", ridge, dtype, zero=True)
         count = potential.count
         normal, right, constant = ridge * jnp.eye(count, dtype=dtype), jnp.zeros((count,), dtype), jnp.zeros((), dtype)
-        for t, (x, y) in enumerate(zip(clouds[:-1], clouds[1:], strict=True)):
+        keep = inputs.kept_steps(OWNER, without, len(clouds))
+        for t in keep:
+            x, y = clouds[t], clouds[t + 1]
             rows, columns, pair_masses = _pairs(x, y, masses[t], masses[t + 1], paired, t)
             move, mass = y[columns] - x[rows], jnp.asarray(pair_masses, dtype)
             parts = _terms(potential, x[rows] if at == "old" else y[columns], move, mass, self.step_sizes[t])
             normal, right, constant = normal + parts[0], right + parts[1], constant + parts[2]
+        self.step_sizes = self.step_sizes[np.asarray(keep)]
         if not np.isfinite(np.asarray(normal)).all():
             raise ValueError(f"{OWNER}: `features` have gradients that are NaN or infinite on the snapshots.")
         self.normal, self.right, self.constant = normal, right, constant
