@@ -26,6 +26,9 @@ class AbstractSolver(eqx.Module):
     def find(self, inner, x: PyTree, y0: PyTree, *, tol: jax.Array, max_steps: int) -> Found:
         """A y with |F(x, y)|_2 <= tol, as far as `max_steps` steps reach. Is traced; tol may be."""
 
+    def check(self, inner) -> None:
+        """Raises ValueError, in a sentence, where this solver is not for this kind of inner problem."""
+
     @property
     def exact(self) -> bool:
         """Whether a second call cannot improve on the first (closed forms, black boxes without a tolerance)."""
@@ -33,12 +36,20 @@ class AbstractSolver(eqx.Module):
 
 
 def resolve(solver: Any, inner) -> AbstractSolver:
-    """The solver object for what a user may pass as `solver=`.
+    """The solver object for what a user may pass as `solver=`, fit for this inner problem or refused (ValueError).
 
-    None: the inner problem's own, else jaxopt's L-BFGS for a minimization, damped Newton for any other residual.
+    None: the inner problem's own, else jaxopt's L-BFGS for a minimization, Anderson acceleration for a fixed point,
+    damped Newton for any other residual.
     A `bilevel.solvers` object is taken as it is; an optimistix solver, a jaxopt solver class, or a function `x -> y`
     or `(x, y0) -> y` is wrapped.
     """
+    found = _resolve(solver, inner)
+    found.check(inner)
+    return found
+
+
+def _resolve(solver: Any, inner) -> AbstractSolver:
+    from .anderson import Anderson
     from .closed_form import ClosedForm
     from .jaxopt import Jaxopt
     from .newton import DampedNewton
@@ -47,7 +58,9 @@ def resolve(solver: Any, inner) -> AbstractSolver:
     if solver is None:
         solver = inner.default_solver
     if solver is None:
-        return Jaxopt() if inner.minimizes else DampedNewton()
+        if inner.minimizes:
+            return Jaxopt()
+        return Anderson() if inner.is_step else DampedNewton()
     if isinstance(solver, AbstractSolver):
         return solver
     if is_optimistix(solver):

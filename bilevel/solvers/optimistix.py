@@ -33,6 +33,20 @@ class Optimistix(AbstractSolver):
     def exact(self) -> bool:
         return True
 
+    def check(self, inner):
+        import optimistix as optx
+
+        name, kind = type(self.solver).__name__, type(inner).__name__
+        if isinstance(self.solver, optx.AbstractMinimiser) and not inner.minimizes:
+            raise ValueError(
+                f"bilevel: optimistix.{name} minimizes an objective, and {kind} has none that could be minimized as it "
+                "is; leave `solver` out, or pass a root finder such as optimistix.Newton."
+            )
+        if isinstance(self.solver, optx.AbstractFixedPointSolver) and not inner.is_step:
+            raise ValueError(
+                f"bilevel: optimistix.{name} iterates a fixed-point map, and {kind} has none; it is for FixedPoint."
+            )
+
     def find(self, inner, x, y0, *, tol, max_steps):
         import optimistix as optx
 
