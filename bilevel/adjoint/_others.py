@@ -8,6 +8,8 @@ estimators").
 
 from __future__ import annotations
 
+import abc
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -37,12 +39,12 @@ def own_step(inner, x, y, size):
     return jax.tree.map(lambda a, f: a - size.astype(a.dtype) * f.astype(a.dtype), y, inner.optimality(x, y))
 
 
-class _StepRule(AbstractAdjoint):
+class _AbstractStepRule(AbstractAdjoint):
     """What the step rules share: the error is measured against the corrected implicit hypergradient."""
 
+    @abc.abstractmethod
     def moved(self, inner, x, y):
         """y as a function of x by the rule's own steps from the fixed point y."""
-        raise NotImplementedError
 
     def estimate(self, problem, x, y, *, target=None, guess=None):
         y = jax.tree.map(lax.stop_gradient, y)
@@ -74,7 +76,7 @@ class _StepRule(AbstractAdjoint):
         return self.moved(inner, x, y), facts
 
 
-class UnrolledAdjoint(_StepRule):
+class UnrolledAdjoint(_AbstractStepRule):
     """Differentiates `steps` own steps K from the y found. Error of order rho^K (rho: their contraction), unrelated to
     the inner error e otherwise; order 1 in e as K grows (Franceschi 2017, Shaban 2019, Mehmood & Ochs 2020).
 
@@ -92,7 +94,7 @@ class UnrolledAdjoint(_StepRule):
         return lax.scan(lambda y, _: (own_step(inner, x, y, size), None), y, None, length=self.steps)[0]
 
 
-class OneStepAdjoint(_StepRule):
+class OneStepAdjoint(_AbstractStepRule):
     """Differentiates one own step, J = S_x(x, y), outer gradients after it. Order 0: the bias of J is at most
     rho / (1 - rho) |S_x| (Bolte, Pauwels, Vaiter 2023)."""
 
@@ -100,7 +102,7 @@ class OneStepAdjoint(_StepRule):
         return own_step(inner, x, y, step_size(inner, x, y))
 
 
-class JacobianFreeAdjoint(_StepRule):
+class JacobianFreeAdjoint(_AbstractStepRule):
     """Takes S_y for zero, J = S_x(x, y), outer gradients at y itself. Order 0 (Luketina 2016, Wu Fung 2022)."""
 
     def moved(self, inner, x, y):

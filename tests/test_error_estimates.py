@@ -1,0 +1,44 @@
+"""The error estimate over a thousand random problems: how often it holds, how sharp it is, how often it declines."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bilevel
+
+from .helpers import KINDS, directions, distance, glm, reference
+
+COUNT = 1000
+
+
+@pytest.mark.parametrize("call", ["estimate", pytest.param("hypergradient", marks=pytest.mark.slow)])
+def test_a_thousand_problems(call):
+    """Below 3 .error in at least 99 of 100; median ratio of estimate to truth between 1/2 and 2; untrusted apart."""
+    count = COUNT if call == "estimate" else COUNT // 2
+    ratios, untrusted, floored = [], 0, 0
+    for seed in range(count):
+        random = np.random.default_rng(seed)
+        case = glm(KINDS[seed % 4], seed, 20, 4, 10.0 ** random.uniform(0, 4))
+        truth = reference(*case)
+        if call == "estimate":
+            away = 10.0 ** random.uniform(-4, -1.5) * jnp.linalg.norm(truth.y) * directions(4, 1, seed)[0]
+            found = bilevel.estimate(case.problem, case.x, truth.y + away)
+        else:
+            found = bilevel.hypergradient(*case, rtol=10.0 ** random.uniform(-7, -2), throw=False)
+        if not found.converged:
+            untrusted += 1
+            continue
+        wrong = distance(found.gradient, truth.gradient)
+        assert np.isfinite(found.error)
+        if wrong <= max(1e-13, 10 * truth.floor):
+            floored += wrong <= 3 * float(found.error)  # round-off of both
+            continue
+        ratios.append(float(found.error) / wrong)
+    ratios = np.asarray(ratios)
+    print(f"{call}: {count} problems, {untrusted} declined, {len(ratios)} above round-off, below 3 .error: "
+          f"{np.mean(ratios > 1 / 3):.2%}, median ratio {np.median(ratios):.3f}, "
+          f"5 to 95 %: {np.quantile(ratios, 0.05):.3f} to {np.quantile(ratios, 0.95):.3f}")  # fmt: skip
+    assert np.mean(ratios > 1 / 3) >= 0.99
+    assert 0.5 < np.median(ratios) < 2
+    assert untrusted < 0.2 * count
+    assert len(ratios) > 0.2 * count or call == "hypergradient"  # or the test says nothing
