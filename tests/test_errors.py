@@ -468,9 +468,6 @@ def test_x_and_y_of_different_dtypes(x_dtype, y_dtype):
     jax.grad(lambda x: jnp.sum(bilevel.solve(inner, x, jnp.zeros(2, y_dtype), rtol=1e-5).y))(x)
 
 
-@pytest.mark.xfail(
-    strict=False, reason="the answer is refused, as it must be, with the word estimate_untrusted instead"
-)
 def test_leaves_of_different_dtypes_do_not_claim_the_finer_one():
     wide = lambda a: a.astype(jnp.float64)
 

@@ -152,7 +152,7 @@ def _judge(found: Estimate, moved, last, newton: bool, solver, inner, x, unravel
     untrusted = Status.where(trusted, Status(), Status("estimate_untrusted"))
     own = found.status
     if solver.keeps and not limited:  # a factorization does not stop short: it was made too far away
-        stale = own.code == Status("linear_solve").code
+        stale = (own.code == Status("linear_solve").code) & (found.quality > 100 * found.eps)  # else: round-off
         own = Status.where(stale, Status("estimate_untrusted"), own)
     status = own.then(moved.status).then(untrusted)
     # another piece of a nonsmooth F: what was prepared at y says nothing here, not even why a solve stopped short
