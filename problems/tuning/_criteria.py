@@ -27,7 +27,7 @@ class AbstractCriterion(eqx.Module):
     """Interface; `X` and `targets` are the rows that models are trained on, `start` the weights of one model."""
 
     X: eqx.AbstractVar[Float[Array, "*k n p"]]
-    targets: eqx.AbstractVar[Float[Array, "n ..."]]
+    targets: eqx.AbstractVar[Float[Array, "..."]]
     start: eqx.AbstractVar[Float[Array, "..."]]
 
     @property
@@ -111,7 +111,7 @@ class CrossValidation(AbstractCriterion):
     """
 
     X: Float[Array, "*k n p"]
-    targets: Float[Array, "n ..."]
+    targets: Float[Array, "..."]
     start: Float[Array, "..."]
     train: Float[Array, "k n"]
     judge: Float[Array, "k n"]

@@ -16,7 +16,7 @@ from bilevel.solvers.newton import DampedNewton
 from ._foldwise import Foldwise
 
 WIDTH = 0.1
-"""The hinge is rounded over margins from 1 - WIDTH to 1 + WIDTH, so that its solution can be differentiated."""
+"""Of the hinge's rounding: its derivative is the logistic function of (1 - margin) / WIDTH."""
 
 
 class Kernel(eqx.Module):
@@ -81,19 +81,17 @@ class KernelRidgeTraining(bilevel.AbstractInner):
 
 
 class SupportVectorTraining(bilevel.AbstractInner):
-    """a_i = C r_i s_i phi(1 - s_i (K a + b)_i), sum_i a_i = 0: the dual coefficients and the intercept of a support
-    vector classifier whose hinge is rounded, phi its derivative; y of shape (folds, n + 1), the intercept last."""
+    """a_i = C r_i s_i phi(1 - s_i f_i), f = (K + 1) a: the dual coefficients of a support vector classifier whose hinge
+    is rounded, phi its derivative, and whose intercept is penalized like a weight; y of shape (folds, n)."""
 
     kernel: Kernel
     targets: Float[Array, " n"]
     train: Float[Array, "k n"]
 
     def optimality(self, x, y):
-        a, b = y[:, :-1], y[:, -1:]
-        scores = jnp.einsum("knm,km->kn", self.kernel(x), a) + b
-        slope = jnp.clip((1 - self.targets * scores + WIDTH) / (2 * WIDTH), 0, 1)
-        rest = a - self.kernel.penalty(x) * self.train * self.targets * slope
-        return jnp.concatenate([rest, jnp.sum(a, axis=1, keepdims=True)], axis=1)
+        scores = jnp.einsum("knm,km->kn", self.kernel(x) + 1, y)
+        slope = jax.nn.sigmoid((1 - self.targets * scores) / WIDTH)
+        return y - self.kernel.penalty(x) * self.train * self.targets * slope
 
     @property
     def linear_solver(self):
@@ -104,8 +102,7 @@ class SupportVectorTraining(bilevel.AbstractInner):
         return DampedNewton()
 
     def initial(self):
-        k, n = self.train.shape
-        return jnp.zeros((k, n + 1), self.train.dtype)
+        return jnp.zeros_like(self.train)
 
 
 class KernelJudge(eqx.Module):
@@ -115,11 +112,10 @@ class KernelJudge(eqx.Module):
     targets: Float[Array, " n"]
     judge: Float[Array, "k n"]
     losses: Callable = eqx.field(static=True)  # (scores, targets) -> rows
-    intercept: bool = eqx.field(static=True)
+    intercept: float = eqx.field(static=True)  # what is added to the kernel
 
     def __call__(self, x: Array, y: Array) -> Float[Array, ""]:
-        a, b = (y[:, :-1], y[:, -1:]) if self.intercept else (y, 0)
-        scores = jnp.einsum("knm,km->kn", self.kernel(x), a) + b
+        scores = jnp.einsum("knm,km->kn", self.kernel(x) + self.intercept, y)
         return jnp.mean(jnp.sum(self.judge * self.losses(scores, self.targets), axis=1))
 
 

@@ -15,6 +15,10 @@ STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01)
 """What "auto" tries besides infinity, in units of the criterion at the shared optimum."""
 
 
+INNER_STEPS = 200
+"""Of an inner solver: a fit that takes more, at an extreme penalty, is not worth waiting for."""
+
+
 class Point(NamedTuple):
     """A point of the search: the (mixed) log-penalties, the inner solution, the criterion's value and its history."""
 
@@ -78,7 +82,7 @@ class Search:
         bounds = (jnp.asarray(self.setup.lower), jnp.asarray(self.setup.upper))
         return bilevel.minimize(
             problem, jnp.asarray(x, float), y, bounds=bounds, tol=self.tol, max_steps=int(steps),
-            progress=bool(self.verbose) and steps > 0,
+            progress=bool(self.verbose) and steps > 0, max_inner_steps=INNER_STEPS,
         )  # fmt: skip
 
 

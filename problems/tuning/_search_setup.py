@@ -221,7 +221,7 @@ class Family:
                 kernel, targets, train
             )
             loss = kernels.logistic if support else kernels.mean_squared
-            return training, kernels.KernelJudge(kernel, targets, judged, loss, support)
+            return training, kernels.KernelJudge(kernel, targets, judged, loss, float(support))
 
         lower, upper = np.append(-9.0, np.full(count, -7.0)), np.append(7.0, np.full(count, 7.0))
         if support:

@@ -61,10 +61,10 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
         cv: Any = 5,
         scoring: Any = None,
         shrinkage: Any = "auto",
-        n_iter: int = 100,
-        tol: float = 1e-4,
+        n_iter: Any = 100,
+        tol: Any = 1e-4,
         random_state: Any = None,
-        verbose: int = 0,
+        verbose: Any = 0,
     ):
         self.estimator = estimator
         self.penalties = penalties
