@@ -15,8 +15,8 @@ from bilevel.solvers.newton import DampedNewton
 
 from ._foldwise import Foldwise
 
-WIDTH = 0.1
-"""Of the hinge's rounding: its derivative is the logistic function of (1 - margin) / WIDTH."""
+WIDTH = 0.5
+"""The hinge is a parabola at margins from 1 - WIDTH to 1 + WIDTH, so that its solution can be differentiated."""
 
 
 class Kernel(eqx.Module):
@@ -90,7 +90,7 @@ class SupportVectorTraining(bilevel.AbstractInner):
 
     def optimality(self, x, y):
         scores = jnp.einsum("knm,km->kn", self.kernel(x) + 1, y)
-        slope = jax.nn.sigmoid((1 - self.targets * scores) / WIDTH)
+        slope = jnp.clip((1 - self.targets * scores + WIDTH) / (2 * WIDTH), 0, 1)
         return y - self.kernel.penalty(x) * self.train * self.targets * slope
 
     @property
