@@ -89,7 +89,9 @@ def test_the_other_estimators(estimator, y):
 
 
 @pytest.mark.slow
-@parametrize_with_checks([HypergradientSearchCV(sk.Ridge(), cv=3), HypergradientSearchCV(sk.LogisticRegression(), cv=3)])
+@parametrize_with_checks(
+    [HypergradientSearchCV(sk.Ridge(), cv=3), HypergradientSearchCV(sk.LogisticRegression(), cv=3)]
+)
 def test_scikit_learns_checks(estimator, check):
     check(estimator)
 
