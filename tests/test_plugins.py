@@ -4,9 +4,9 @@ import jax
 import pytest
 
 import bilevel.testing
-from problems import flows, tuning
+from problems import flows, transport, tuning
 
-PLUGINS = {"tuning": tuning, "flows": flows}
+PLUGINS = {"tuning": tuning, "transport": transport, "flows": flows}
 CASES = {f"{name}: {key}": make for name, plugin in PLUGINS.items() for key, make in plugin.examples().items()}
 # what `make test` has time for; the others run in `make test-slow`
 QUICK = ("tuning: ridge, folds, shared", "tuning: kernel ridge, leave-one-out")

@@ -1,7 +1,9 @@
 """Entropic optimal transport, balanced and unbalanced, as an inner problem; inverse optimal transport over it."""
 
 from . import gaussian
+from ._examples import examples
 from ._solvers import Automatic, SchurNewton, Sinkhorn
+from .clouds import PointCloudCost
 from .entropic import EntropicOT, UnbalancedOT
 from .inverse import InverseOT
 from .penalties import L1, Box, Group, NuclearNorm, Sign
@@ -14,9 +16,11 @@ __all__ = [
     "Group",
     "InverseOT",
     "NuclearNorm",
+    "PointCloudCost",
     "SchurNewton",
     "Sign",
     "Sinkhorn",
     "UnbalancedOT",
+    "examples",
     "gaussian",
 ]

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -146,7 +145,7 @@ class AbstractTransport(bilevel.AbstractInner):
     def check(self, x, y):
         name = type(self).__name__
         check_like(y, self.initial(), name, "y", "the potentials (f, g)")
-        found = jax.eval_shape(self._cost_at, x)
+        found = eqx.filter_eval_shape(self._cost_at, x)
         if isinstance(found, Matrix):
             shape = found.costs.shape
             if shape != (len(self.a), len(self.b)):
