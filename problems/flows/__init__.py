@@ -1,6 +1,7 @@
 """JKO flows: the step as an inner problem, and the potential that drives a population, from its snapshots."""
 
 from . import gaussian
+from ._examples import examples
 from ._penalties import L1
 from .compare import Comparison, compare
 from .features import Fourier, Neural, Polynomials, Quadratic, RadialBasis
@@ -10,7 +11,6 @@ from .scores import earth_mover, mmd
 from .simulate import simulate
 from .step import JKOStep
 from .tuning import LeaveOneOut
-from ._examples import examples
 
 __all__ = [
     "Comparison",

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
@@ -23,7 +22,7 @@ from ._snapshots import CLOSED, LIMIT, Steps
 
 
 class Point(NamedTuple):
-    """The loss, its gradient and the inner potentials at one theta; `floor`: what round-off hides of the gradient."""
+    """The loss, its gradient and the inner potentials at one theta; `error`: about what is wrong in the gradient."""
 
     theta: np.ndarray
     y: Any
@@ -36,37 +35,76 @@ class Point(NamedTuple):
 # ------------------------------------------------------------------------------------------------ one step
 
 
+class Piece(eqx.Module):
+    """One step as arrays: steps of the same shapes share a compiled program."""
+
+    kernel: Any
+    design: Array
+    offset: Array | None
+    tau: Array
+    b: Array
+    constant: Array
+    balanced: Array
+    mode: str = eqx.field(static=True)
+
+    def work(self, theta):
+        w = self.tau * (self.design @ theta)
+        return w if self.offset is None else w + self.offset
+
+
+def _piece(steps: Steps, t: int) -> Piece:
+    offset = None if steps.offsets is None else steps.offsets[t]
+    tau, b = steps.step_sizes[t], steps.weights[t]
+    return Piece(
+        steps.kernel(t),
+        steps.designs[t],
+        offset,
+        tau,
+        b,
+        steps.values[t],
+        steps.balanced[t],
+        steps.mode,  # type: ignore
+    )
+
+
 @eqx.filter_jit
-def _value(steps: Steps, theta, y, t: int, tol) -> tuple:
-    """Potential, loss, gradient and the residual of the potential, for step t."""
-    tau, design, b = steps.step_sizes[t], steps.designs[t], steps.weights[t]  # type: ignore[index]
-    w = steps.work(theta, t)
-    centred = design - b @ design
-    if steps.mode == LIMIT:
-        h = steps.balanced[t] + w
+def _value(piece: Piece, theta, y, tol) -> tuple:
+    """Potential, loss, gradient and what round-off or tol leave wrong in it, for one step."""
+    tau, b, kernel, w = piece.tau, piece.b, piece.kernel, piece.work(theta)
+    centred = piece.design - b @ piece.design
+    if piece.mode == LIMIT:
+        h = piece.balanced + w
         mean = jnp.vdot(b, h)
         return mean, 0.5 * jnp.vdot(b, jnp.square(h - mean)), tau * ((b * (h - mean)) @ centred), 0 * mean, 0
-    kernel = steps.kernel(t)
-    if steps.mode == CLOSED:
+    if piece.mode == CLOSED:
         f, size, count = y - kernel.residual(w, y), jnp.zeros((), w.dtype), 1
     else:
-        f, size, count = potentials.find(kernel, w, y, tol)
+        f, size, count = potentials.find(kernel, w, y, tol * kernel.epsilon / tau)
     p = kernel.weights(w, f)
-    value = jnp.vdot(b, w) + steps.values[t] - kernel.dual(w, f)
+    value = jnp.vdot(b, w) + piece.constant - kernel.dual(w, f)
     spread = jnp.sqrt(jnp.max(b @ centred**2))
     return f, value, tau * ((b - p / jnp.sum(p)) @ centred), size * tau * spread / kernel.epsilon, count
 
 
 @eqx.filter_jit
-def _curvature(steps: Steps, theta, y, t: int, rtol) -> tuple:
-    """Hessian and the derivative of the potential, for step t."""
-    tau, design, b = steps.step_sizes[t], steps.designs[t], steps.weights[t]  # type: ignore[index]
-    if steps.mode == LIMIT:
-        centred = design - b @ design
-        centred = jnp.sqrt(b)[:, None] * centred
+def _curvature(piece: Piece, theta, y, rtol) -> tuple:
+    """Hessian and the derivative of the potential, for one step."""
+    tau, design, b = piece.tau, piece.design, piece.b
+    if piece.mode == LIMIT:
+        centred = jnp.sqrt(b)[:, None] * (design - b @ design)
         H = tau**2 * (centred.T @ centred)
         return (H + H.T) / 2, tau * (b @ design)
-    return potentials.curvature(steps.kernel(t), steps.work(theta, t), y, tau * design, rtol)
+    return potentials.curvature(piece.kernel, piece.work(theta), y, tau * design, rtol)
+
+
+def gram(steps: Steps) -> np.ndarray:
+    """The covariances of the features under the snapshots, summed: singular where the data cannot tell features apart."""
+    total = 0.0
+    for design, b in zip(steps.designs or (), steps.weights, strict=True):
+        design, b = np.asarray(design, np.float64), np.asarray(b, np.float64)
+        centred = np.sqrt(b)[:, None] * (design - b @ design)
+        total = total + centred.T @ centred
+    return np.asarray(total)
 
 
 def _parts(steps: Steps, y: Any) -> list:
@@ -82,8 +120,7 @@ def evaluate(steps: Steps, theta: np.ndarray, y: Any, tol: float) -> Point:
     at, dtype = jnp.asarray(theta, steps.epsilon.dtype), steps.epsilon.dtype
     found, value, gradient, error, sweeps = [], 0.0, 0.0, 0.0, 0
     for t, part in enumerate(_parts(steps, y)):
-        goal = tol * float(steps.epsilon) / float(steps.step_sizes[t])
-        f, loss, slope, wrong, count = _value(steps, at, part, t, jnp.asarray(goal, dtype))
+        f, loss, slope, wrong, count = _value(_piece(steps, t), at, part, jnp.asarray(tol, dtype))
         found.append(f)
         value, gradient = value + float(loss), gradient + np.asarray(slope, np.float64)
         error, sweeps = error + float(wrong), sweeps + int(count)
@@ -105,7 +142,9 @@ def hessian(steps: Steps, theta: Array, y: Any, rtol: float = 1e-12) -> Float[Ar
 def _second(steps: Steps, theta: Any, y: Any, rtol: float) -> tuple:
     rtol = max(rtol, 4 * float(jnp.finfo(steps.epsilon.dtype).eps))
     at = jnp.asarray(theta, steps.epsilon.dtype)
-    parts = [_curvature(steps, at, part, t, rtol) for t, part in enumerate(_parts(steps, y))]
+    parts = [
+        _curvature(_piece(steps, t), at, part, jnp.asarray(rtol, at.dtype)) for t, part in enumerate(_parts(steps, y))
+    ]
     return sum(part[0] for part in parts), [part[1] for part in parts]
 
 
@@ -119,16 +158,15 @@ def minimize(owner: str, steps: Steps, penalty: Any, theta: Array, tol: float, m
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0:
         raise ValueError(f"{owner}: `max_steps` must be an integer of at least 0, found {max_steps!r}.")
     dtype = steps.epsilon.dtype
+    if penalty is None:
+        check_identified(owner, gram(steps), float(jnp.finfo(dtype).eps))
     value_of = lambda p: p.value + (0.0 if penalty is None else float(penalty.value(jnp.asarray(p.theta, dtype))))
     size_of = lambda p: _optimality(p, penalty, dtype)
     here = evaluate(steps, np.asarray(theta), steps.initial(), 1e-2 * tol)
     history, evaluations, stuck = [_state(0, here, value_of(here), dtype)], here.sweeps, False
     while size_of(here) > tol and len(history) <= max_steps and not stuck:
-        first = len(history) == 1
-        matrix, slopes = _second(steps, here.theta, here.y, 1e-12 if first else 1e-5)
+        matrix, slopes = _second(steps, here.theta, here.y, 1e-5)
         H = np.asarray(matrix, np.float64)
-        if first and penalty is None:
-            check_identified(owner, H, float(jnp.finfo(dtype).eps))
         goal = _newton_point(H, here.gradient, penalty) if penalty is None else _proximal_point(here, H, penalty)
         move = goal - (0.0 if penalty is None else here.theta)
         decrease = here.gradient @ move
@@ -211,7 +249,7 @@ def _optimality(point: Point, penalty: Any, dtype: Any) -> float:
 
 
 def check_identified(owner: str, H: np.ndarray, eps: float) -> None:
-    """Raises ValueError where the Hessian is numerically singular, with the direction of theta that changes nothing."""
+    """Raises ValueError where a Hessian or Gram matrix is numerically singular, with the direction of theta that changes nothing."""
     size = np.sqrt(np.maximum(np.diag(H), 0))
     dead = size <= 1e3 * eps * size.max() if size.max() > 0 else np.ones(len(size), bool)
     if dead.any():

@@ -44,7 +44,10 @@ def _program(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> Pairs:
         rows, columns = np.nonzero(chosen)
         ones, k = np.ones(len(rows)), np.arange(len(rows))
         matrix = scipy.sparse.vstack(
-            [scipy.sparse.csr_matrix((ones, (rows, k)), (n, len(k))), scipy.sparse.csr_matrix((ones, (columns, k)), (m, len(k)))]
+            [
+                scipy.sparse.csr_matrix((ones, (rows, k)), (n, len(k))),
+                scipy.sparse.csr_matrix((ones, (columns, k)), (m, len(k))),
+            ]
         ).tocsr()[:-1]  # the last equation follows from the others
         out = scipy.optimize.linprog(
             cost[rows, columns] / scale, A_eq=matrix, b_eq=np.concatenate([a, b])[:-1], method="highs"

@@ -25,7 +25,7 @@ class L1(eqx.Module):
         """The penalty at x."""
         return jnp.sum(self.weight.astype(x.dtype) * jnp.abs(x))
 
-    def prox(self, x: Float[Array, " K"], t: Any) -> Float[Array, " K"]:
+    def prox(self, x: Float[Array, "*folds K"], t: Any) -> Float[Array, "*folds K"]:
         """Soft thresholding at t * weight."""
         threshold = jnp.asarray(t, x.dtype) * self.weight.astype(x.dtype)
         return jnp.where(jnp.abs(x) > threshold, x - jnp.sign(x) * threshold, 0)

@@ -127,7 +127,9 @@ class SnapshotSolver(AbstractSolver):
         return Found(tuple(found), jnp.maximum(steps, 1), jnp.maximum(steps, 1))
 
 
-def make_steps(sources, targets, source_weights, weights, potential, offsets, step_sizes, epsilon, strength, mode) -> Steps:
+def make_steps(
+    sources, targets, source_weights, weights, potential, offsets, step_sizes, epsilon, strength, mode
+) -> Steps:
     """The inner problem: features evaluated once, balanced potentials found once."""
     designs = None
     if isinstance(potential, Linear):
@@ -136,7 +138,9 @@ def make_steps(sources, targets, source_weights, weights, potential, offsets, st
         sources, targets, source_weights, weights, potential, designs, offsets, step_sizes, epsilon, strength, (), (),
         mode,
     )  # fmt: skip
-    balanced, values = zip(*(_balanced(steps.kernel(t, jnp.zeros_like(epsilon))) for t in range(steps.count)), strict=True)
+    balanced, values = zip(
+        *(_balanced(steps.kernel(t, jnp.zeros_like(epsilon))) for t in range(steps.count)), strict=True
+    )
     return eqx.tree_at(lambda s: (s.balanced, s.values), steps, (tuple(balanced), tuple(values)))
 
 

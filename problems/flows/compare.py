@@ -101,7 +101,9 @@ def compare(
         makers[f"quadratic, {at} points"] = lambda without, at=at: QuadraticJKO(
             clouds, features, sizes, at=at, ridge=ridge, weights=masses, without=without
         )
-    held = tuple(s for s in range(1, len(clouds)) if test is not None or any(s not in (t, t + 1) for t in range(len(sizes))))
+    held = tuple(
+        s for s in range(1, len(clouds)) if test is not None or any(s not in (t, t + 1) for t in range(len(sizes)))
+    )
     measure = earth_mover if score == "emd" else mmd
     scores, fits, failures = {}, {}, {}
     for name, make in makers.items():

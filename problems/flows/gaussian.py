@@ -101,9 +101,7 @@ def _checked(owner, mean, covariance, Q, centre, step_size):
     _check_symmetric(owner, "Q", Q)
     M = jnp.eye(d, dtype=dtype) + tau * Q
     _check_definite(owner, "`covariance` must be positive definite", S)
-    _check_definite(
-        owner, "the energy is unbounded below, I + step_size Q must be positive definite", M
-    )
+    _check_definite(owner, "the energy is unbounded below, I + step_size Q must be positive definite", M)
     return m, S, Q, v, tau, M
 
 
@@ -134,7 +132,9 @@ def _check_symmetric(owner: str, name: str, a: Array) -> None:
     found = np.asarray(a)
     gap = np.abs(found - found.T).max()
     if gap > 1e3 * float(jnp.finfo(a.dtype).eps) * np.abs(found).max():
-        raise ValueError(f"flows.gaussian.{owner}: `{name}` must be symmetric, it differs from its transpose by {gap:g}.")
+        raise ValueError(
+            f"flows.gaussian.{owner}: `{name}` must be symmetric, it differs from its transpose by {gap:g}."
+        )
 
 
 def _check_definite(owner: str, what: str, a: Array) -> None:

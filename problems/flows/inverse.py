@@ -15,7 +15,6 @@ import bilevel
 
 from . import _inputs as inputs
 from . import _newton as newton
-from . import _potentials as potentials
 from ._density import log_density
 from ._snapshots import CLOSED, LIMIT, SOFT, Steps, make_steps
 from .features import Linear, Neural, as_potential
@@ -129,7 +128,9 @@ class InverseJKO(bilevel.AbstractBilevelProblem):
         if isinstance(potential, Neural):
             return potential.parameters, self.inner.initial()
         if self.inner.designs is None:
-            raise ValueError(f"{OWNER}: a potential (x, z) -> scalar does not say what x is; pass x0 and inner.initial().")
+            raise ValueError(
+                f"{OWNER}: a potential (x, z) -> scalar does not say what x is; pass x0 and inner.initial()."
+            )
         return jnp.zeros((self.inner.designs[0].shape[1],), self.epsilon.dtype), self.inner.initial()
 
     def potential(self, x: PyTree, z: Array) -> Float[Array, ""]:
@@ -224,7 +225,9 @@ def _log_densities(given: Any, clouds, masses) -> tuple[Array, ...]:
     for t, (one, z) in enumerate(zip(given, clouds[1:], strict=True), 1):
         array = inputs.real(OWNER, f"`log_density`, of snapshot {t},", one).astype(z.dtype)
         if array.shape != z.shape[:1]:
-            raise ValueError(f"{OWNER}: `log_density` of snapshot {t} must have shape ({len(z)},), found {array.shape}.")
+            raise ValueError(
+                f"{OWNER}: `log_density` of snapshot {t} must have shape ({len(z)},), found {array.shape}."
+            )
         out.append(array)
     return tuple(out)
 

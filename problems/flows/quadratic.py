@@ -123,7 +123,9 @@ class QuadraticJKO(eqx.Module):
 def _pairs(x, y, a, b, paired, t):
     if paired:
         if len(x) != len(y):
-            raise ValueError(f"{OWNER}: `paired` needs equal snapshots, number {t} has {len(x)}, the next {len(y)} points.")
+            raise ValueError(
+                f"{OWNER}: `paired` needs equal snapshots, number {t} has {len(x)}, the next {len(y)} points."
+            )
         index = np.arange(len(x))
         return index, index, a
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)

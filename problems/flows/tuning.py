@@ -24,6 +24,48 @@ OWNER = "flows.LeaveOneOut"
 WORDS = ("epsilon", "sharpening", "l1")
 
 
+class Fit(eqx.Module):
+    """The inner objective: one theta for each fold, each of them fitted without a snapshot."""
+
+    model: InverseJKO
+    masks: Float[Array, "folds steps"]
+    tune: tuple[str, ...] = eqx.field(static=True)
+
+    def setting(self, x: dict) -> tuple[Steps, Any]:
+        """The steps and the l1 weight at x."""
+        model = self.model
+        epsilon = jnp.exp(x["epsilon"]) if "epsilon" in self.tune else model.epsilon
+        strength = model.inner.strength
+        if "sharpening" in self.tune:
+            strength = strength - model.sharpening + jnp.exp(x["sharpening"])
+        steps = eqx.tree_at(lambda s: (s.epsilon, s.strength), model.inner, (epsilon, strength))
+        weight = jnp.exp(x["l1"]) if "l1" in self.tune else getattr(model.penalty_, "weight", None)
+        return steps, weight
+
+    def __call__(self, x: dict, y: Float[Array, "folds K"]) -> Float[Array, ""]:
+        """The loss of each fold at its theta, summed over folds, up to constants of theta."""
+        steps, _ = self.setting(x)
+
+        def fold(theta, mask):
+            start = steps.initial()
+            if steps.mode == SOFT:
+                f = bilevel.solve(steps, theta, start).y
+            else:
+                f = jax.tree.map(lambda a, r: a - r, start, steps.optimality(theta, start))
+            return sum(mask[t] * steps.loss(theta, f, t) for t in range(steps.count))
+
+        return jnp.sum(jax.vmap(fold)(y, self.masks))
+
+
+class Shrink(eqx.Module):
+    """The prox of the l1 penalty, whose weight x may hold."""
+
+    fit: Fit
+
+    def __call__(self, x: dict, v: Array, t: Any) -> Array:
+        return L1(self.fit.setting(x)[1]).prox(v, t)
+
+
 class LeaveOneOut(bilevel.AbstractBilevelProblem):
     """Leave-one-snapshot-out: the mean squared MMD of one-step forecasts of snapshots that were left out of the fit.
 
@@ -67,41 +109,13 @@ class LeaveOneOut(bilevel.AbstractBilevelProblem):
         rows = [[0.0 if hit else 1.0 for hit in touched[s - 1]] for s in self.folds]
         self.masks = jnp.asarray(rows, model.epsilon.dtype)
 
-    def setting(self, x: dict) -> tuple[Steps, Any]:
-        """The steps and the l1 weight at x."""
-        model = self.model
-        epsilon = jnp.exp(x["epsilon"]) if "epsilon" in self.tune else model.epsilon
-        strength = model.inner.strength
-        if "sharpening" in self.tune:
-            strength = strength - model.sharpening + jnp.exp(x["sharpening"])
-        steps = eqx.tree_at(lambda s: (s.epsilon, s.strength), model.inner, (epsilon, strength))
-        weight = jnp.exp(x["l1"]) if "l1" in self.tune else getattr(model.penalty_, "weight", None)
-        return steps, weight
-
-    def fit(self, x: dict, y: Float[Array, "folds K"]) -> Float[Array, ""]:
-        """The loss of each fold at its theta, summed over folds, up to constants of theta."""
-        steps, _ = self.setting(x)
-
-        def fold(theta, mask):
-            start = steps.initial()
-            if steps.mode == SOFT:
-                f = bilevel.solve(steps, theta, start).y
-            else:
-                f = jax.tree.map(lambda a, r: a - r, start, steps.optimality(theta, start))
-            return sum(mask[t] * steps.loss(theta, f, t) for t in range(steps.count))
-
-        return jnp.sum(jax.vmap(fold)(y, self.masks))
-
-    def prox_of_fit(self, x: dict, v: Array, t: Any) -> Array:
-        """Soft thresholding at t times the l1 weight."""
-        return L1(self.setting(x)[1]).prox(v, t)
-
     @property
     def inner(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         """theta of all folds: a minimization, with an l1 penalty a composite one."""
+        fit = Fit(self.model, self.masks, self.tune)
         if self.model.penalty_ is None:
-            return bilevel.Minimization(self.fit)
-        return bilevel.Composite(self.fit, self.prox_of_fit)
+            return bilevel.Minimization(fit)
+        return bilevel.Composite(fit, Shrink(fit))
 
     def outer(self, x: dict, y: Float[Array, "folds K"]) -> Float[Array, ""]:
         """The mean over folds of the squared MMD between forecast and snapshot."""

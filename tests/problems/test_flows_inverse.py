@@ -91,7 +91,9 @@ def test_loss_gradient_and_hessian(rho):
     np.testing.assert_allclose(found.gradient, gradient(THETA), rtol=1e-7)
 
 
-@pytest.mark.parametrize("rho", [pytest.param(0, marks=pytest.mark.slow), 1.0, pytest.param(np.inf, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "rho", [pytest.param(0, marks=pytest.mark.slow), 1.0, pytest.param(np.inf, marks=pytest.mark.slow)]
+)
 def test_newton_finds_the_minimum_and_minimize_the_same(rho):
     model = problem(rho)
     found = model.newton()
@@ -167,7 +169,13 @@ def test_data_of_a_step_with_internal_energy_are_fitted_with_that_energy():
     theta = np.array([0.3, -0.2, 0.5, 0.8, 0.1])
     for kappa, rhos in ((None, (0,)), (0.8, (np.inf,))):
         step = flows.JKOStep(
-            CLOUDS[0], grid, lambda x, z: x @ features(z), TAU, EPSILON, internal=kappa, support_weights=np.full(36, 0.64)
+            CLOUDS[0],
+            grid,
+            lambda x, z: x @ features(z),
+            TAU,
+            EPSILON,
+            internal=kappa,
+            support_weights=np.full(36, 0.64),
         )
         b = step.next_weights(theta, bilevel.solve(step, theta, step.initial()).y)
         for rho in rhos:

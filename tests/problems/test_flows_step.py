@@ -74,7 +74,9 @@ def test_the_entropic_step_solves_its_equations_without_commutation(epsilon, kap
 def test_the_entropic_step_tends_to_the_exact_one():
     m, S, Q, v = matrices()
     exact = flows.gaussian.jko_step(m, S, Q, v, TAU, 0.5)[1]
-    gaps = [np.abs(flows.gaussian.entropic_jko_step(m, S, Q, v, TAU, e, TAU * 0.5)[1] - exact).max() for e in (1e-4, 1e-5)]
+    gaps = [
+        np.abs(flows.gaussian.entropic_jko_step(m, S, Q, v, TAU, e, TAU * 0.5)[1] - exact).max() for e in (1e-4, 1e-5)
+    ]
     assert 9 < gaps[0] / gaps[1] < 11
 
 
@@ -89,7 +91,9 @@ def test_gaussian_steps_have_derivatives_at_repeated_eigenvalues():
     t, h = jnp.asarray(0.3), 1e-4
     for order in range(3):
         derivative = jax.jit(jax.grad(value))
-        np.testing.assert_allclose(derivative(t), (value(t + h) - value(t - h)) / (2 * h), rtol=1e-6, err_msg=str(order))
+        np.testing.assert_allclose(
+            derivative(t), (value(t + h) - value(t - h)) / (2 * h), rtol=1e-6, err_msg=str(order)
+        )
         value = derivative
 
 
@@ -208,9 +212,7 @@ def test_weights_of_zero_are_points_that_are_not_there():
     a, b = np.linspace(1, 2, 5), np.linspace(1, 3, 7)
     x = jnp.array([0.3, 0.8])
     for internal in (0.2,):
-        small = flows.JKOStep(
-            SOURCE, SUPPORT, wavy, 0.7, 0.5, source_weights=a, support_weights=b, internal=internal
-        )
+        small = flows.JKOStep(SOURCE, SUPPORT, wavy, 0.7, 0.5, source_weights=a, support_weights=b, internal=internal)
         large = flows.JKOStep(
             *padded, wavy, 0.7, 0.5, internal=internal, source_weights=[*a, 0], support_weights=[*b, 0]
         )
@@ -313,7 +315,10 @@ def test_bad_potentials_are_named():
     ("change", "message"),
     [
         ({"covariance": [[1.0, 0.5], [0.0, 1.0]]}, "`covariance` must be symmetric"),
-        ({"covariance": [[1.0, 2.0], [2.0, 1.0]]}, "`covariance` must be positive definite; its smallest eigenvalue is -1"),
+        (
+            {"covariance": [[1.0, 2.0], [2.0, 1.0]]},
+            "`covariance` must be positive definite; its smallest eigenvalue is -1",
+        ),
         ({"Q": [[1.0]]}, "`Q` must have shape (2, 2), found (1, 1)"),
         ({"Q": [[-9.0, 0.0], [0.0, 1.0]]}, "unbounded below"),
         ({"mean": [0.0, np.nan]}, "`mean` has entries that are NaN"),
