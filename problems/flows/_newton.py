@@ -1,6 +1,6 @@
 """Newton's method for the loss of all steps, with a penalty or without.
 
-Each step's Hessian comes with the derivative of its potential in theta, so the next inner solve starts one order closer.
+Each step's Hessian comes with the derivative of its potential in theta, so that the next inner solve starts close.
 """
 
 from __future__ import annotations
@@ -53,18 +53,10 @@ class Piece(eqx.Module):
 
 
 def _piece(steps: Steps, t: int) -> Piece:
+    assert steps.designs is not None
     offset = None if steps.offsets is None else steps.offsets[t]
-    tau, b = steps.step_sizes[t], steps.weights[t]
-    return Piece(
-        steps.kernel(t),
-        steps.designs[t],
-        offset,
-        tau,
-        b,
-        steps.values[t],
-        steps.balanced[t],
-        steps.mode,  # type: ignore
-    )
+    tau, b, balanced = steps.step_sizes[t], steps.weights[t], steps.balanced[t]
+    return Piece(steps.kernel(t), steps.designs[t], offset, tau, b, steps.values[t], balanced, steps.mode)
 
 
 @eqx.filter_jit
@@ -98,7 +90,7 @@ def _curvature(piece: Piece, theta, y, rtol) -> tuple:
 
 
 def gram(steps: Steps) -> np.ndarray:
-    """The covariances of the features under the snapshots, summed: singular where the data cannot tell features apart."""
+    """The features' covariances under the snapshots, summed: singular where the data cannot tell features apart."""
     total = 0.0
     for design, b in zip(steps.designs or (), steps.weights, strict=True):
         design, b = np.asarray(design, np.float64), np.asarray(b, np.float64)
@@ -212,7 +204,7 @@ def _proximal_point(here: Point, H: np.ndarray, penalty: Any) -> np.ndarray:
     support = (z != 0) | (weight == 0)
     if support.any():
         S = np.flatnonzero(support)
-        rhs = H[np.ix_(S, range(len(z)))] @ here.theta - here.gradient[S] - weight[S] * np.sign(z[S])
+        rhs = H[S] @ here.theta - here.gradient[S] - weight[S] * np.sign(z[S])
         polished = np.zeros_like(z)
         polished[S] = np.linalg.lstsq(H[np.ix_(S, S)], rhs, rcond=None)[0]
         if np.all(np.sign(polished[S]) * np.sign(z[S]) >= 0):
@@ -249,7 +241,7 @@ def _optimality(point: Point, penalty: Any, dtype: Any) -> float:
 
 
 def check_identified(owner: str, H: np.ndarray, eps: float) -> None:
-    """Raises ValueError where a Hessian or Gram matrix is numerically singular, with the direction of theta that changes nothing."""
+    """Raises ValueError where a Hessian or Gram matrix is numerically singular, with the flat direction of theta."""
     size = np.sqrt(np.maximum(np.diag(H), 0))
     dead = size <= 1e3 * eps * size.max() if size.max() > 0 else np.ones(len(size), bool)
     if dead.any():

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 import bilevel
 from bilevel.solvers._base import AbstractSolver, Found
 
+from . import _inputs as inputs
 from . import _potentials as potentials
 from ._kernel import Kernel, log_weights
 from ._solver import Identity
@@ -24,9 +25,9 @@ CLOSED, SOFT, LIMIT = "closed", "soft", "limit"
 class Steps(bilevel.AbstractInner):
     """y = one potential f_t of shape (n_t,) for each step; at sharpening = inf one intercept each, shape (steps,).
 
-    `weights` are the targets', `designs` the features at the targets, (m_t, K), or None for a potential of another kind;
-    `offsets` the known part of the work; `strength` = sharpening + kappa; `balanced` the potential g of each target
-    (m_t,) and `values` W_epsilon of each step: (6.1) of docs/theory/flows.md.
+    `weights` are the targets', `designs` the features at the targets, (m_t, K), or None for a potential of another
+    kind; `offsets` the known part of the work; `strength` = sharpening + kappa; `balanced` the potential g of each
+    target, (m_t,), and `values` W_epsilon of each step: (6.1) of docs/theory/flows.md.
     """
 
     sources: tuple[Array, ...]
@@ -175,7 +176,7 @@ class BalancedSolver(AbstractSolver):
 
 def _balanced(kernel: Kernel) -> tuple[Array, Array]:
     """The target's potential g, and W_epsilon."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(kernel)):
+    if not all(inputs.concrete(leaf) for leaf in jax.tree.leaves(kernel)):
         f = bilevel.solve(Balanced(kernel), None, jnp.zeros_like(kernel.log_a)).y
     else:
         f = _concrete(kernel)
@@ -194,7 +195,7 @@ def _concrete(kernel: Kernel) -> Array:
     scale = float(jnp.linalg.norm(jnp.sqrt(a) * f)) + float(kernel.epsilon)
     if not float(size) <= 1e4 * eps * scale:
         raise bilevel.NotConverged(
-            f"flows.InverseJKO: the entropic transport between two snapshots did not converge, its potentials are wrong "
-            f"by about {float(size):.1e}; raise `epsilon` (now {float(kernel.epsilon):g}) or scale the points."
+            f"flows.InverseJKO: the entropic transport between two snapshots did not converge, its potentials are "
+            f"wrong by about {float(size):.1e}; raise `epsilon` (now {float(kernel.epsilon):g}) or scale the points."
         )
     return f

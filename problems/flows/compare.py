@@ -111,7 +111,7 @@ def compare(
         for s in held:
             key = None if test is not None else s
             model, found = _fitted(make, key, name, fits, failures)
-            if found is None:
+            if model is None or found is None:
                 values.append(math.inf)
                 continue
             forecast = model.predict(found.x, judged[s - 1], 1, step_size=sizes[s - 1])[-1]

@@ -152,6 +152,6 @@ def _check_degenerate(A: Array, kappa: Array) -> None:
     if not largest < 1:
         raise ValueError(
             "flows.gaussian.entropic_jko_step: with kappa = 0 the minimizer is degenerate unless covariance > epsilon "
-            f"(I + step_size Q); along some direction the right side is {largest:g} times the left. Lower `epsilon`, or "
-            "give `kappa`."
+            f"(I + step_size Q); along some direction the right side is {largest:g} times the left. Lower `epsilon`, "
+            "or give `kappa`."
         )

@@ -44,10 +44,10 @@ class InverseJKO(bilevel.AbstractBilevelProblem):
     `epsilon` > 0. `sharpening`: rho in [0, inf]. `internal`: kappa >= 0, the weight of a known internal energy
     kappa ∫ mu log mu (temperature times step size for diffusing particles), or "fit": the temperature is the last
     entry of theta. `interaction`: features r -> (K',) of a difference r = z - z' of two points, whose coefficients
-    follow those of V in theta; their field is frozen at the data. `penalty`: None or `L1(weight)`. `weights`: a sequence
-    of weights of the particles, (n_t,) each. `log_density`: the log-density of each snapshot but the first at its
-    points, which `internal` needs; None: estimated with a Gaussian kernel, which adds a bias to V. `without`: the number
-    of a snapshot to leave out, with the steps to and from it.
+    follow those of V in theta; their field is frozen at the data. `penalty`: None or `L1(weight)`. `weights`: a
+    sequence of weights of the particles, (n_t,) each. `log_density`: the log-density of each snapshot but the first at
+    its points, which `internal` needs; None: estimated with a Gaussian kernel, which adds a bias to V. `without`: the
+    number of a snapshot to leave out, with the steps to and from it.
 
     y is a tuple of potentials, (n_t,) for each step; at `sharpening=inf` one intercept for each step. All numbers are
     leaves and may be traced (a traced `sharpening` counts as positive and finite).
@@ -94,7 +94,7 @@ class InverseJKO(bilevel.AbstractBilevelProblem):
         self.penalty_ = _checked_penalty(penalty)
         potential = as_potential(OWNER, features, d, dtype)
         logs = None if none else [_log_densities(log_density, clouds, masses)[t] for t in keep]
-        offsets = None if none or fit else tuple(kappa * one for one in logs)
+        offsets = None if logs is None or kappa is None else tuple(kappa * one for one in logs)
         mode = LIMIT if infinite else CLOSED if zero and (none or fit) else SOFT
         strength = jnp.zeros_like(rho) if infinite else rho if kappa is None else rho + kappa
         sources, targets = (tuple(clouds[t + k] for t in keep) for k in (0, 1))
@@ -167,8 +167,8 @@ class InverseJKO(bilevel.AbstractBilevelProblem):
 
         **Arguments:** `theta0`: shape (K,), default zeros. `tol`: bounds the largest entry of the gradient; with a
         penalty that of theta - prox(theta - gradient). **Returns:** a `bilevel.Result`; where round-off or `max_steps`
-        ends it, `converged` is False and `message` says so. **Raises:** ValueError where the Hessian is singular without
-        a penalty (the flat direction is named), and for potentials that are not linear.
+        ends it, `converged` is False and `message` says so. **Raises:** ValueError where features are collinear and
+        there is no penalty (the flat direction is named), and for potentials that are not linear.
         """
         self._needs_linear("newton")
         theta = self.initial()[0] if theta0 is None else inputs.real(f"{OWNER}.newton", "`theta0`", theta0)

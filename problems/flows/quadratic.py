@@ -30,8 +30,8 @@ class QuadraticJKO(eqx.Module):
     (`at="old"`, explicit; exact for tracked particles moved by explicit Euler steps). (6.5) of docs/theory/flows.md
     [Terpin et al. 2024].
 
-    **Arguments:** `snapshots`, `features`, `step_size`, `weights`, `without` as for `InverseJKO`, features linear in theta.
-    `ridge` >= 0. `paired=True`: particle i of a snapshot is particle i of the next, no coupling is computed.
+    **Arguments:** `snapshots`, `features`, `step_size`, `weights`, `without` as for `InverseJKO`, features linear in
+    theta. `ridge` >= 0. `paired=True`: particle i of a snapshot is particle i of the next, no coupling is computed.
 
     **Raises:** ValueError, TypeError as `InverseJKO`; `newton` for features that the data cannot tell apart.
     """

@@ -37,7 +37,8 @@ class JKOStep(bilevel.AbstractInner):
     soft second marginal; kappa < epsilon, 0 included, is the fixed point of the theory page. In floating point the
     smallest kappa is 1e-6 epsilon (float32: 2e-3 epsilon): a smaller one is taken as that, which moves the result by
     about as much; near it the error that `hypergradient` reports is far above the true one, because its gradient is a
-    difference of terms as large as epsilon / kappa. `interaction(x, r) -> scalar`, r = z - z' of shape (d,): adds step_size/2 ∬ U(z - z') dmu dmu.
+    difference of terms as large as epsilon / kappa. `interaction(x, r) -> scalar`, r = z - z' of shape (d,): adds
+    step_size / 2 times the integral of U(z - z') under mu and mu; its odd part is no energy and is left out.
 
     y is the potential f of the source, shape (n,), also where it has a closed form; with an interaction y is
     (f, mean field), shapes (n,) and (m,). All arrays, epsilon, kappa and the step size are leaves and may be traced;

@@ -19,7 +19,7 @@ THETA = jnp.asarray(RNG.normal(size=5))
 RHOS = [0, 1.0, np.inf]
 
 
-def problem(rho=0, **options):
+def problem(rho: float = 0, **options):
     return flows.InverseJKO(CLOUDS, flows.Quadratic(), TAU, EPSILON, **{"sharpening": rho, "weights": MASSES} | options)
 
 
@@ -141,10 +141,11 @@ def test_limits_in_rho():
 
 def calibrated():
     """Weights a, b under which the kappa = 0 step from a is exactly b: row and column sums of one positive matrix."""
-    Y = np.array([[i, j] for i in range(3) for j in range(3)]) + 0.05 * RNG.normal(size=(9, 2))
-    theta = np.array([0.3, -0.2, 0.5, 0.8, 0.1])
+    rng = np.random.default_rng(0)
+    Y = np.array([[i, j] for i in range(3) for j in range(3)]) + 0.03 * rng.normal(size=(9, 2))
+    theta = np.array([0.2, -0.1, 0.3, 0.4, 0.1])
     V = np.asarray(jax.vmap(flows.Quadratic())(jnp.asarray(Y)) @ theta)
-    X = Y + 0.02 * RNG.normal(size=Y.shape)
+    X = Y + 0.02 * rng.normal(size=Y.shape)
     C = 0.5 * np.sum((X[:, None] - Y[None]) ** 2, -1) + TAU * V
     K = np.exp(-(C - np.diag(C)[:, None]) / 0.06) * 9  # rows scaled: f = diag C + epsilon log 9
     a, b = np.linalg.solve(K.T, np.ones(9)), np.linalg.solve(K, np.ones(9))
@@ -202,7 +203,7 @@ def test_an_interaction_is_a_frozen_field():
     for Y, b in zip(CLOUDS[1:], MASSES[1:], strict=True):
         squares = np.sum((Y[:, None] - Y[None]) ** 2, -1)
         field.append(np.stack([np.exp(-squares) @ b, squares @ b], 1) / b.sum())
-    for design, expected in zip(model.inner.designs, field, strict=True):
+    for design, expected in zip(model.inner.designs or (), field, strict=True):
         np.testing.assert_allclose(design[:, 5:], expected, rtol=1e-12)
     assert model.potential(jnp.ones(7), jnp.ones(2)) == jnp.sum(flows.Quadratic()(jnp.ones(2)))
 
