@@ -4,7 +4,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import bilevel
 from bilevel import BilevelProblem, ImplicitAdjoint, Minimization
@@ -44,12 +43,11 @@ def test_no_adjoint_system_is_solved():
     assert int(same.products) < 0.7 * int(other.products)
 
 
-@pytest.mark.parametrize("correction", [bilevel.Newton(), None])
-def test_its_error_is_estimated_like_any_other(correction):
-    adjoint, exact, best = ImplicitAdjoint(correction=correction), truth(CASE.x), optimal(CASE.x)
+def test_its_error_is_estimated_like_any_other():
+    exact, best = truth(CASE.x), optimal(CASE.x)
     direction = jnp.cos(jnp.arange(best.size, dtype=best.dtype))
     for size in (1e-2, 1e-3):
-        found = bilevel.estimate(SAME, CASE.x, best + size * direction, adjoint)
+        found = bilevel.estimate(SAME, CASE.x, best + size * direction)
         ratio = float(found.error) / float(jnp.linalg.norm(found.gradient - exact))
         assert 1 / 1.3 < ratio < 1.3
 

@@ -112,7 +112,7 @@ def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess) -> Estimat
         here, extra, last = _descend(inner, x, unravel, solver, moved, goal)
         at = None
     judge = lambda found: _judge(found, moved, last, newton, helper, inner, x, unravel, limited=named is not None)
-    if problem.value_only:
+    if problem.value_only and newton:  # without Newton's step the adjoint's is the one solve, and worth an order
         rough = 1e-3 if target is None else 0.03
         found = evaluate_value(problem, x, here, unravel, helper, prepared, at=at, rough=rough)
         found = found._replace(status=judge(found))
