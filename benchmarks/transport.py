@@ -23,7 +23,15 @@ import bilevel
 from problems.transport import EntropicOT, InverseOT
 
 from ._transport import (
-    Barycenters, Squares, clouds, inverse_data, joint_lbfgs, ott_coupling, poisson_table, seconds_of, sweeps,
+    Barycenters,
+    Squares,
+    clouds,
+    inverse_data,
+    joint_lbfgs,
+    ott_coupling,
+    poisson_table,
+    seconds_of,
+    sweeps,
 )  # fmt: skip
 
 ACCURACY = 1e-6
@@ -105,7 +113,9 @@ def fits(sizes: list[int], counts_of_features: list[int], repeats: int) -> None:
                 formula = "count ~ " + " + ".join(f"x{k}" for k in range(K)) + " | row + column"
                 fit = lambda table=table, formula=formula: pyfixest.fepois(formula, table, vcov="iid").coef().to_numpy()
                 theirs, theta = seconds_of(fit, max(1, repeats // 2))
-                line += f"  fepois {theirs:8.3f} (x{theirs / mine:.1f}, differs by {np.max(np.abs(theta - result)):.0e})"
+                line += (
+                    f"  fepois {theirs:8.3f} (x{theirs / mine:.1f}, differs by {np.max(np.abs(theta - result)):.0e})"
+                )
             if installed("statsmodels") and n * n * (2 * n + K) * 8 < 2**29:
                 import statsmodels.api as sm
 
