@@ -27,10 +27,16 @@ class Case(NamedTuple):
     steps: int = 60
 
 
-def _split(X, y, seed=0):
-    X, X_test, y, y_test = train_test_split(X, y, test_size=0.25, random_state=seed)
+def _bundled(load) -> tuple[np.ndarray, np.ndarray]:
+    X, y = load(return_X_y=True)
+    return np.asarray(X), np.asarray(y)
+
+
+def _split(X, y, seed=0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    parts = train_test_split(X, y, test_size=0.25, random_state=seed)
+    X, X_test, y, y_test = map(np.asarray, parts)
     scale = StandardScaler().fit(X)
-    return scale.transform(X), scale.transform(X_test), y, y_test
+    return np.asarray(scale.transform(X)), np.asarray(scale.transform(X_test)), y, y_test
 
 
 def _half_error(problem, X, y):
@@ -38,7 +44,7 @@ def _half_error(problem, X, y):
 
 
 def _polynomials():
-    X, y = load_diabetes(return_X_y=True)
+    X, y = _bundled(load_diabetes)
     X = PolynomialFeatures(2, include_bias=False).fit_transform(X)
     X, X_test, y, y_test = _split(X, y)
     return X, X_test, y - y.mean(), y_test - y.mean()
@@ -66,7 +72,7 @@ def sparse() -> Case:
 
 
 def logistic() -> Case:
-    X, X_test, y, y_test = _split(*load_breast_cancer(return_X_y=True))
+    X, X_test, y, y_test = _split(*_bundled(load_breast_cancer))
     problem = tuning.LogisticTuning(X, y, cv=5)
 
     def test(x):
@@ -77,7 +83,7 @@ def logistic() -> Case:
 
 
 def multinomial() -> Case:
-    X, y = load_digits(return_X_y=True)
+    X, y = _bundled(load_digits)
     X, X_test, y, y_test = train_test_split(X / 16, y, test_size=0.5, random_state=0)
     problem = tuning.MultinomialTuning(X[:600], y[:600], X[600:], y[600:], penalties="per-feature")
 
@@ -89,7 +95,7 @@ def multinomial() -> Case:
 
 
 def kernel_ridge() -> Case:
-    X, X_test, y, y_test = _split(*load_diabetes(return_X_y=True))
+    X, X_test, y, y_test = _split(*_bundled(load_diabetes))
     mean, deviation = y.mean(), y.std()
     problem = tuning.KernelRidgeTuning(X, (y - mean) / deviation, cv=5)
     target = (y_test - mean) / deviation

@@ -109,7 +109,8 @@ def loop(case: Case, package: str) -> Line | None:
         return float(_value(case.problem, at, y0)), np.asarray(gradient(at, 1e-6, 1e-6), float).ravel()
 
     function(np.asarray(x0, float).ravel())
-    sides: Any = scipy.optimize.Bounds(*(np.broadcast_to(side, x0.shape).ravel() for side in case.bounds))
+    ends: Any = [np.broadcast_to(side, x0.shape).ravel() for side in case.bounds]
+    sides = scipy.optimize.Bounds(ends[0], ends[1])
     begin = time.perf_counter()
     found = scipy.optimize.minimize(
         function, np.asarray(x0, float).ravel(), jac=True, bounds=sides, method="L-BFGS-B",

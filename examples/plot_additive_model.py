@@ -10,6 +10,7 @@ hypergradients go there directly. pyGAM, where it is installed, searches one val
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
@@ -25,7 +26,8 @@ jax.config.update("jax_enable_x64", True)
 NAMES = ("cylinders", "displacement", "horsepower", "weight", "acceleration", "model year", "origin")
 X, mpg = autompg_data()
 X = np.asarray(X)[:, :7].astype(float)
-X, X_test, mpg, mpg_test = train_test_split(X, np.asarray(mpg, float), test_size=0.25, random_state=0)
+parts = train_test_split(X, np.asarray(mpg, float), test_size=0.25, random_state=0)
+X, X_test, mpg, mpg_test = map(np.asarray, parts)
 
 # %%
 # Generalized cross-validation
@@ -58,7 +60,7 @@ else:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         begin = time.perf_counter()
-        terms = s(0, n_splines=10)
+        terms: Any = s(0, n_splines=10)
         for j in range(1, 7):
             terms = terms + s(j, n_splines=10)
         gam = LinearGAM(terms).gridsearch(X, mpg, progress=False)

@@ -61,7 +61,8 @@ print(f"weights: AUC {ours:.3f}, test accuracy {tuned:.3f}, {seconds:.0f} s")
 
 both, known = np.concatenate([train, clean]), np.concatenate([labels, digits[clean]])
 model = LogisticRegression(C=0.1, max_iter=1000)
-confidence = cross_val_predict(model, X[both], known, cv=5, method="predict_proba")[np.arange(len(both)), known][:500]
+probabilities = np.asarray(cross_val_predict(model, X[both], known, cv=5, method="predict_proba"))
+confidence = probabilities[np.arange(len(both)), known][:500]
 plain = roc_auc_score(wrong, -confidence)
 keep = np.concatenate([confidence > np.quantile(confidence, 0.4), np.ones(len(clean), bool)])
 print(f"out-of-fold confidence: AUC {plain:.3f}, test accuracy of what is left {accuracy(both[keep], known[keep]):.3f}")

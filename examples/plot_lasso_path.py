@@ -9,6 +9,7 @@ handful of trainings. The same picture for the elastic net, whose two penalties 
 
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
@@ -22,8 +23,8 @@ from problems.tuning import ElasticNetTuning, LassoTuning
 
 jax.config.update("jax_enable_x64", True)
 
-X, b = load_diabetes(return_X_y=True)
-X, X_test, b, b_test = train_test_split(X / X.std(0), b, test_size=0.25, random_state=0)
+X, b = map(np.asarray, load_diabetes(return_X_y=True))
+X, X_test, b, b_test = map(np.asarray, train_test_split(X / X.std(0), b, test_size=0.25, random_state=0))
 center = b.mean()
 mean = X.mean(0)
 X, X_test, b, b_test = X - mean, X_test - mean, b - center, b_test - center
@@ -74,7 +75,8 @@ seconds = time.perf_counter() - begin
 report("elastic net, hypergradients", both.value, test_error(net, both.x), seconds)
 
 begin = time.perf_counter()
-grid = ElasticNetCV(alphas=100, l1_ratio=np.linspace(0.1, 1, 10), cv=folds, fit_intercept=False).fit(X, b)
+ratios: Any = np.linspace(0.1, 1, 10)
+grid = ElasticNetCV(alphas=100, l1_ratio=ratios, cv=folds, fit_intercept=False).fit(X, b)
 seconds = time.perf_counter() - begin
 best = grid.mse_path_.mean(-1).min() / 2
 report("elastic net, grid of 10 x 100", best, np.mean((grid.predict(X_test) - b_test) ** 2) / 2, seconds)

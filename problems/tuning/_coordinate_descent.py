@@ -89,4 +89,4 @@ def _one(X, targets, weight, one, two, start, tol):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # what is left is seen in the residual
         model.fit(A, b)
-    return (model.coef_ / scale).astype(start.dtype), int(model.n_iter_)
+    return (model.coef_ / scale).astype(start.dtype), int(np.max(model.n_iter_))

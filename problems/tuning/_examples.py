@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def _orthogonal(model):
     return make
 
 
-def _folds(model, targets=lambda score: score, cv=2, **options):
+def _folds(model, targets=lambda score: score, cv: Any = 2, **options):
     def make(key):
         X, y = _data(key)
         problem = model(X, targets(y), cv=cv, **options)

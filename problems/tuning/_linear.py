@@ -92,7 +92,7 @@ class AbstractLinearTuning(bilevel.AbstractBilevelProblem):
 
     def outer(self, x: ArrayLike, y: ArrayLike) -> Float[Array, ""]:
         """The mean loss on the validation rows, averaged over folds."""
-        return self.criterion.validation(at(x, self.losses), jnp.asarray(y))
+        return self.criterion.validation(at(jnp.asarray(x), self.losses), jnp.asarray(y))
 
     def initial(self) -> tuple[Array, Array]:
         """`(x0, y0)` to start from: log-penalties of zero, and weights of zero."""

@@ -29,14 +29,16 @@ class FeatureScaled(MetaEstimatorMixin, BaseEstimator):
         """Fits the estimator on the scaled features."""
         X = validate_data(self, X)
         options = {} if sample_weight is None else {"sample_weight": sample_weight}
-        self.estimator_ = clone(self.estimator).fit(X * np.asarray(self.scale), y, **options)
+        fresh: Any = clone(self.estimator)
+        self.estimator_ = fresh.fit(X * np.asarray(self.scale), y, **options)
         if hasattr(self.estimator_, "classes_"):
             self.classes_ = self.estimator_.classes_
         return self
 
     def _scaled(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
-        return validate_data(self, X, reset=False) * np.asarray(self.scale)
+        checked: Any = validate_data(self, X, reset=False)
+        return checked * np.asarray(self.scale)
 
     @property
     def coef_(self) -> np.ndarray:

@@ -35,7 +35,8 @@ def fold_data(before: Any, X: Any, y: np.ndarray, pairs: list, sample_weight: np
     for k, (rows, held_out) in enumerate(pairs):
         transformed.append(transform(before, X, y, rows))
         train[k, rows] = own[rows]
-        judge[k, held_out] = 1 / len(held_out)
+        mass = own[held_out].sum()
+        judge[k, held_out] = own[held_out] / (mass if mass > 0 else 1)
     return Folds(np.stack(transformed), train, judge)
 
 
@@ -43,6 +44,7 @@ def transform(before: Any, X: Any, y: np.ndarray, rows: np.ndarray) -> np.ndarra
     """All rows, by the steps fitted on some of them."""
     if before is None:
         return np.asarray(X, float)
-    fitted = clone(before).fit(_safe_indexing(X, rows), _safe_indexing(y, rows))
+    fresh: Any = clone(before)
+    fitted = fresh.fit(_safe_indexing(X, rows), _safe_indexing(y, rows))
     made = fitted.transform(X)
     return np.asarray(made.toarray() if hasattr(made, "toarray") else made, float)

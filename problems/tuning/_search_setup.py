@@ -100,7 +100,8 @@ class Family:
         penalized_intercept = name == "LinearSVC" and estimator.fit_intercept
         intercept = estimator.fit_intercept and not penalized_intercept
         total = folds.train.sum(1, keepdims=True)
-        deviation = folds.X.std(axis=(0, 1))
+        rows, mean_target, spread_target = _seen(folds, y)
+        deviation = np.sqrt(_variances(folds.X, rows))
         size = np.maximum(deviation, 1e-12 * np.abs(folds.X).max())
         deviation = np.where(deviation > 1e-12 * np.abs(folds.X).max(), deviation, 1.0)
         variance = float(np.mean(size**2)) or 1.0
@@ -123,12 +124,12 @@ class Family:
             assert targets.shape == (K, n)
         start = np.zeros(X.shape[2])
         if name == "PoissonRegressor" and intercept:
-            start[-1] = np.log(max(float(y.mean()), 1e-12))
+            start[-1] = np.log(max(mean_target, 1e-12))
         losses, judged = self._losses(len(self.classes) if self.classes is not None else 0)
         if self.classes is not None and len(self.classes) > 2:
             start = np.zeros((len(self.classes), X.shape[2]))
         if name == "HuberRegressor":
-            start = np.append(start, np.log(max(float(np.std(y)), 1e-12)))
+            start = np.append(start, np.log(max(spread_target, 1e-12)))
         criterion = CrossValidation(
             *(jnp.asarray(a, float) for a in (X, targets, start, train, self._judged(folds, y)))
         )
@@ -140,9 +141,8 @@ class Family:
             top = np.log(top if top > 0 else 1.0)
             if name == "Lasso":
                 offset = np.full(count, top)
-                parts = lambda mix: (
-                    families.sparse(criterion, families.Absolute(*as_jax(mix, offset, spread, unit))), judge
-                )  # fmt: skip
+                weights = lambda mix: families.Absolute(*as_jax(mix, offset, spread, unit))
+                parts = lambda mix: (families.sparse(criterion, weights(mix)), judge)
                 scan = np.linspace(-7.5, -0.25, 16)[:, None] * np.ones(count)
                 return Setup(np.ones(count, bool), offset, np.full(count, -9.0), np.zeros(count), scan, parts)
             if count > 1:
@@ -154,13 +154,13 @@ class Family:
         scale = {"PoissonRegressor": 1.0, "HuberRegressor": 2 / average}.get(name, 1 / average)
         center = np.log(variance / (p * scale))
         if name == "HuberRegressor":
-            center -= np.log(max(float(np.std(y)), 1e-12))
+            center -= np.log(max(spread_target, 1e-12))
         offset = np.full(count, center)
         square = unit**2 * scale
         if name == "HuberRegressor":  # the last weight is its scale
             spread, square = np.vstack([spread, np.zeros((1, count))]), np.append(square, 0.0)
 
-        def parts(mix):
+        def smooth_parts(mix):
             penalties = families.Quadratic((count,), *as_jax(mix, offset, spread, square))
             return families.smooth(criterion, penalties, losses), judge
 
@@ -168,7 +168,7 @@ class Family:
         low = -7 + min(0.0, float(np.log(max(np.min(size**2) / variance, 1e-8))))
         high = 7.0 + max(0.0, float(np.log(np.max(size**2) / variance)))
         scan = np.linspace(low, high, int(np.ceil((high - low) / 1.2)) + 1)[:, None] * np.ones(count)
-        return Setup(np.ones(count, bool), offset, np.full(count, low), np.full(count, high), scan, parts)
+        return Setup(np.ones(count, bool), offset, np.full(count, low), np.full(count, high), scan, smooth_parts)
 
     def _losses(self, classes: int) -> tuple[Callable, Callable]:
         """(trained, judged)."""
@@ -192,7 +192,7 @@ class Family:
         count = int(own.max()) + 1 if self.tunes_gamma else 0
         if not self.tunes_gamma and own.max() > 0:
             raise ValueError(f"HypergradientSearchCV: {self.name} has own length scales with kernel='rbf' only.")
-        variances = folds.X.var(axis=(0, 1))
+        variances = _variances(folds.X, _seen(folds, y)[0])
         typical = np.array([-np.log(max(variances.sum(), 1e-300))] * count)
         fixed = None
         if not self.tunes_gamma:
@@ -240,7 +240,7 @@ class Family:
             one, two = value[0], 0.0 if at_lower[1] else value[1]
             return {"alpha": float(one + two), "l1_ratio": float(one / (one + two))}
         if self.kernel:
-            found = {"C" if self.name == "SVC" else "alpha": float(value[0])}
+            found: dict[str, Any] = {"C" if self.name == "SVC" else "alpha": float(value[0])}
             if self.tunes_gamma:
                 found["gamma"] = float(value[1]) if single else value[1:][own]
             return found
@@ -250,7 +250,7 @@ class Family:
 
     def expressed(self, parameters: dict[str, Any]) -> Any:
         """An unfitted estimator with these parameters: scikit-learn's own, or one on scaled features."""
-        estimator = clone(self.estimator)
+        estimator: Any = clone(self.estimator)
         arrays = {k: v for k, v in parameters.items() if np.ndim(v)}
         numbers = {k: v for k, v in parameters.items() if not np.ndim(v)}
         if not arrays:
@@ -263,6 +263,20 @@ class Family:
         ratio = middle / values if name == "alpha" else values / middle
         scale = ratio if self.name == "Lasso" else np.sqrt(ratio)
         return FeatureScaled(estimator.set_params(**numbers, **{name: middle}), scale)
+
+
+def _seen(folds: Folds, y: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """The share of each row in what folds train and judge on, and mean and deviation of the targets by it."""
+    rows = folds.train.sum(0)
+    rows = rows / rows.sum()
+    mean = float(rows @ y)
+    return rows, mean, float(np.sqrt(rows @ (y - mean) ** 2))
+
+
+def _variances(X: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The variance of each feature, over folds and rows."""
+    mean = np.einsum("n,knp->p", rows, X) / len(X)
+    return np.einsum("n,knp->p", rows, np.square(X - mean)) / len(X)
 
 
 def _judged_logistic(X, w, targets):

@@ -10,7 +10,7 @@ from sklearn.base import BaseEstimator, MetaEstimatorMixin, clone, is_classifier
 from sklearn.metrics import get_scorer
 from sklearn.model_selection import check_cv, cross_val_score
 from sklearn.pipeline import Pipeline
-from sklearn.utils import column_or_1d
+from sklearn.utils import _safe_indexing, column_or_1d
 from sklearn.utils._tags import get_tags
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
@@ -87,7 +87,7 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
         classifier = is_classifier(last)
         score, self.scorer_ = self._scoring(last)
         family = Family(last, score)
-        splitter = check_cv(self.cv, y, classifier=classifier)
+        splitter: Any = check_cv(self.cv, y, classifier=classifier)
         pairs = [(np.asarray(a), np.asarray(b)) for a, b in splitter.split(rows, y)]
         self.n_splits_ = len(pairs)
         if classifier:
@@ -109,13 +109,23 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
         self.best_params_ = self._named(family, prefix, search, found.x, own, single)
         self.best_estimator_ = self._final(family, search, found.x, own, single)
         fit_options = {} if weights is None else {f"{prefix}sample_weight": weights}
-        self.best_score_ = float(
-            np.mean(cross_val_score(self.best_estimator_, rows, y, cv=pairs, scoring=self.scorer_, params=fit_options))
-        )
+        self.best_score_ = self._score_of_folds(rows, y, pairs, weights, prefix)
         self.best_estimator_.fit(rows, y, **fit_options)
         if hasattr(self.best_estimator_, "classes_"):
             self.classes_ = self.best_estimator_.classes_
         return self
+
+    def _score_of_folds(self, rows: Any, y: np.ndarray, pairs: list, weights: Any, prefix: str) -> float:
+        """The mean fold score of the best estimator; with sample weights both fits and scores are weighted."""
+        if weights is None:
+            return float(np.mean(cross_val_score(self.best_estimator_, rows, y, cv=pairs, scoring=self.scorer_)))
+        scores = []
+        for train, test in pairs:
+            model: Any = clone(self.best_estimator_)
+            model.fit(_safe_indexing(rows, train), y[train], **{f"{prefix}sample_weight": weights[train]})
+            new = _safe_indexing(rows, test)
+            scores.append(self.scorer_(model, new, y[test], sample_weight=weights[test]))
+        return float(np.mean(scores))
 
     def _checked(self) -> tuple[Any, Any, str]:
         before, last, prefix = final_step(self.estimator)
@@ -132,8 +142,9 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
             )
         if self.groups is not None and self.penalties != "shared":
             raise ValueError("HypergradientSearchCV: pass `groups` or `penalties='per-feature'`, not both.")
-        number = isinstance(self.shrinkage, (int, float, np.number)) and not isinstance(self.shrinkage, bool)
-        if not (isinstance(self.shrinkage, str) and self.shrinkage == "auto") and not (number and self.shrinkage >= 0):
+        strength: Any = self.shrinkage
+        number = isinstance(strength, (int, float, np.number)) and not isinstance(self.shrinkage, bool)
+        if not (isinstance(self.shrinkage, str) and self.shrinkage == "auto") and not (number and strength >= 0):
             raise ValueError(
                 f"HypergradientSearchCV: `shrinkage` must be 'auto' or a number >= 0, found {self.shrinkage!r}."
             )
@@ -208,7 +219,7 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
         last = family.expressed(family.parameters(x + setup.offset, own, single, x <= setup.lower + 1e-6))
         if not isinstance(self.estimator, Pipeline):
             return last
-        whole = clone(self.estimator)
+        whole: Any = clone(self.estimator)
         return whole.set_params(**{whole.steps[-1][0]: last})
 
     # -------------------------------------------------------------------------------------------- afterwards
@@ -222,21 +233,26 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """The best estimator's predictions, shape (m,)."""
-        return self.best_estimator_.predict(self._rows(X))
+        rows = self._rows(X)
+        return self.best_estimator_.predict(rows)
 
     @_has("predict_proba")
     def predict_proba(self, X: Any) -> np.ndarray:
         """The best estimator's probabilities, shape (m, classes)."""
-        return self.best_estimator_.predict_proba(self._rows(X))
+        rows = self._rows(X)
+        return self.best_estimator_.predict_proba(rows)
 
     @_has("decision_function")
     def decision_function(self, X: Any) -> np.ndarray:
         """The best estimator's decision function."""
-        return self.best_estimator_.decision_function(self._rows(X))
+        rows = self._rows(X)
+        return self.best_estimator_.decision_function(rows)
 
     def score(self, X: Any, y: Any) -> float:
-        """The score of the best estimator, by `scoring`."""
+        """The score of the best estimator, by `scoring`; where that is None its own: R^2, accuracy."""
         rows = self._rows(X)
+        if self.scoring is None:
+            return float(self.best_estimator_.score(rows, y))
         return float(self.scorer_(self.best_estimator_, rows, y))
 
     def plot(self, ax: Any = None) -> Any:
@@ -294,7 +310,8 @@ class _Nested:
         own_splits = self.search.cv if not hasattr(self.search.cv, "__iter__") else self.search.n_splits_
         labels = self.y[rows]
         try:
-            pairs = list(check_cv(own_splits, labels, classifier=self.classifier).split(rows, labels))
+            splitter: Any = check_cv(own_splits, labels, classifier=self.classifier)
+            pairs = list(splitter.split(rows, labels))
         except ValueError:
             return None
         if len(pairs) != self.search.n_splits_:
@@ -308,8 +325,6 @@ class _Nested:
 
     def loss(self, search: Search, x: np.ndarray, train: np.ndarray, test: np.ndarray) -> float:
         """Minus the score on the test rows of the estimator at x, fitted on the training rows."""
-        from sklearn.utils import _safe_indexing
-
         model = self.search._final(self.family, search, x, self.own, False)
         options = {}
         if self.weights is not None:

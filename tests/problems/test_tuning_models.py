@@ -1,7 +1,7 @@
 """Every other tuning model against scikit-learn's fits at the same hyperparameters, and differences of those."""
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,9 +40,9 @@ def averaged(fit, judge, targets, rows=ROWS):
 
 
 class Case(NamedTuple):
-    problem: object
-    x: object
-    reference: object  # x -> (y, outer value), from an independent library
+    problem: Any
+    x: Any
+    reference: Any  # x -> (y, outer value), from an independent library
 
 
 def lasso(x):
@@ -103,7 +103,8 @@ def huber(x):
 def support_vector(x):
     def fit(X, b):
         C = P / (len(b) * np.exp(x))
-        return LinearSVC(C=C, fit_intercept=False, tol=1e-12, max_iter=1000000, dual=False).fit(X, b)
+        options: Any = {"dual": False}
+        return LinearSVC(C=C, fit_intercept=False, tol=1e-12, max_iter=1000000, **options).fit(X, b)
 
     judge = lambda m, X, b: np.mean(np.maximum(1 - b * m.decision_function(X), 0) ** 2)
     models, value = averaged(fit, judge, TWO, list(StratifiedKFold(3, **SHUFFLED).split(X, TWO)))
@@ -135,7 +136,8 @@ def kernel_ridge(x):
 
 def gaussian_process(x):
     kernel = kernels.ConstantKernel(np.exp(x[-2])) * kernels.RBF(np.exp(x[:-2])) + kernels.WhiteKernel(np.exp(x[-1]))
-    model = GaussianProcessRegressor(kernel, optimizer=None, alpha=0).fit(X, B)
+    options: Any = {"optimizer": None, "alpha": 0}
+    model: Any = GaussianProcessRegressor(kernel, **options).fit(X, B)
     return model.alpha_, -model.log_marginal_likelihood() / N
 
 
@@ -261,10 +263,11 @@ def test_additive_models_of_labels_and_counts():
     x = jnp.asarray([-1.0, 0.5, -1.0])
     labels = np.where(RNG.random(N) < 0.3, -TWO, TWO)  # without errors the slope of a line would be infinite
     for family, targets in (("logistic", labels), ("poisson", COUNTS)):
-        problem = tuning.AdditiveTuning(X, targets, cv=3, family=family, splines=5)
-        design = np.asarray(problem.criterion.X)
+        problem: Any = tuning.AdditiveTuning(X, targets, cv=3, family=family, splines=5)
+        criterion: Any = problem.criterion
+        design = np.asarray(criterion.X)
         y = np.asarray(bilevel.solve(problem.inner, x, problem.initial()[1]).y)
-        for w, train in zip(y, np.asarray(problem.criterion.train), strict=True):
+        for w, train in zip(y, np.asarray(criterion.train), strict=True):
             eta = design @ w
             slope = -labels / (1 + np.exp(labels * eta)) if family == "logistic" else np.exp(eta) - COUNTS
             S = np.asarray(problem.penalties.matrix(x))
