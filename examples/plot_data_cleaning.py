@@ -46,7 +46,7 @@ def accuracy(rows, known, weights=None):
 problem = DataCleaning(X[train], labels, X[clean], digits[clean], penalty=1e-2)
 x0, y0 = problem.initial()
 begin = time.perf_counter()
-found = bilevel.minimize(problem, x0, y0, bounds=(-8.0, 8.0), tol=1e-3, max_steps=30, progress=True)
+found = bilevel.minimize(problem, x0, y0, tol=1e-3, max_steps=40, progress=True)
 seconds = time.perf_counter() - begin
 weights = np.asarray(jax.nn.sigmoid(found.x))
 ours = roc_auc_score(wrong, -weights)

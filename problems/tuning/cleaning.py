@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -38,11 +39,13 @@ class DataCleaning(AbstractLinearTuning):
 
         mean over the n rows of sigmoid(x_i) cross_entropy_i(w) + (penalty/2) |w|^2.
 
-    Outer: the mean cross-entropy of the validation rows.
+    Outer: the mean cross-entropy of the validation rows. Its own minimum over n weights fits the validation rows too
+    well, and ranks labels worse than a few steps towards it do; so `bilevel.minimize` is given, as this problem's prox,
+    the penalty decay/(2n) |x|^2, which `outer` does not contain.
 
     **Arguments:** `X`: shape (n, p), real and finite. `y`: labels, some of them wrong, integers or strings, shape
     (n,). `X_val`, `y_val`: a clean validation set, shapes (m, p) and (m,), no label that y does not have. `penalty`:
-    a number > 0, fixed.
+    a number > 0, fixed. `decay`: a number >= 0.
 
     x has shape (n,), y has shape (c, p + 1).
 
@@ -51,19 +54,33 @@ class DataCleaning(AbstractLinearTuning):
 
     criterion: AbstractCriterion
     penalties: Fixed
+    decay: Float[Array, ""]
     classes: tuple = eqx.field(static=True)
 
-    def __init__(self, X: Any, y: Any, X_val: Any, y_val: Any, *, penalty: float = 1e-2):
+    def __init__(self, X: Any, y: Any, X_val: Any, y_val: Any, *, penalty: float = 1e-2, decay: float = 0.1):
         owner = "DataCleaning"
         if X_val is None or y_val is None:
             raise ValueError(f"{owner}: pass a clean validation set, `X_val` and `y_val`.")
         if not float(penalty) > 0:
             raise ValueError(f"{owner}: `penalty` must be positive, found {penalty!r}.")
+        if not float(decay) >= 0:
+            raise ValueError(f"{owner}: `decay` must be at least 0, found {decay!r}.")
         self.classes = classes = class_labels(owner, y)
         y, y_val = class_numbers(owner, "y", y, classes), class_numbers(owner, "y_val", y_val, classes)
         start = lambda X, y: jnp.zeros((len(classes), X.shape[1]), X.dtype)
         self.criterion = criterion(owner, X, y, X_val, y_val, None, start=start, features=with_ones)
         self.penalties = Fixed((len(y),), jnp.asarray(penalty, self.criterion.X.dtype))
+
+        self.decay = jnp.asarray(decay / len(y), self.criterion.X.dtype)
+
+    @property
+    def prox(self) -> Callable:
+        """x / (1 + t decay / n): of t times the penalty on the logits."""
+        return lambda x, t: x / (1 + t * self.decay)
+
+    def penalty(self, x: Array) -> Float[Array, ""]:
+        """decay/(2n) |x|^2."""
+        return 0.5 * self.decay * jnp.sum(jnp.square(x))
 
     @staticmethod
     def losses(x, X, w, targets):

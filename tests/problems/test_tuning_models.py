@@ -1,5 +1,6 @@
 """Every other tuning model against scikit-learn's fits at the same hyperparameters, and differences of those."""
 
+import re
 import warnings
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import scipy.optimize
 import sklearn.linear_model as sk
 from sklearn.gaussian_process import GaussianProcessRegressor, kernels
 from sklearn.kernel_ridge import KernelRidge
-from sklearn.metrics import log_loss
+from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.model_selection import KFold, StratifiedKFold
 from sklearn.svm import LinearSVC
 
@@ -310,3 +311,49 @@ def test_denoising_against_its_formula_and_total_variation():
     assert tuning.DenoisingTuning(noisy, clean).initial()[0].size == 600
     found = bilevel.solve(problem.inner, x, y, rtol=1e-6)
     np.testing.assert_allclose(problem.denoise(x, noisy[0]), found.y[0], atol=1e-4)
+
+
+def test_data_cleaning_finds_wrong_labels():
+    rng = np.random.default_rng(0)
+    centers = 4.0 * np.array([[0, 0], [1, 0], [0, 1]])
+    labels = rng.integers(0, 3, 800)
+    rows = centers[labels] + rng.normal(size=(800, 2))
+    wrong = rng.random(200) < 0.3
+    given = np.where(wrong, (labels[:200] + rng.integers(1, 3, 200)) % 3, labels[:200])
+    problem = tuning.DataCleaning(rows[:200], given, rows[200:300], labels[200:300])
+    found = bilevel.minimize(problem, *problem.initial(), max_steps=100)
+    assert roc_auc_score(wrong, -np.asarray(found.x)) >= 0.95
+    clean = sk.LogisticRegression().fit(rows[:200], labels[:200]).score(rows[300:], labels[300:])
+    assert np.mean(np.asarray(problem.predict(found.y, rows[300:])) == labels[300:]) >= clean - 0.02
+    np.testing.assert_allclose(found.value, problem.outer(found.x, found.y) + problem.penalty(found.x), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tuning.PoissonTuning(X, B, cv=3), "PoissonTuning: the targets `y` must be >= 0"),
+        (lambda: tuning.PoissonTuning(X, 0 * B, cv=3), "all zero"),
+        (lambda: tuning.MultinomialTuning(X, 0 * THREE, cv=3), "one class only"),
+        (lambda: tuning.MultinomialTuning(X, B, cv=3), "must be classes, found the number"),
+        (lambda: tuning.MultinomialTuning(X, THREE, X_VAL, np.full(21, 7)), "`y_val` must be those of `y`, found 7"),
+        (lambda: tuning.MultinomialTuning(X, THREE, cv=[(np.arange(3), [5])]), "fold 0: its training rows"),
+        (lambda: tuning.MultinomialTuning(X, THREE, cv=3, penalties="per-row"), "or 'per-class' (or pass `groups`)"),
+        (lambda: tuning.LassoTuning(X, B[:5], cv=3), "LassoTuning: `X` has 33 rows, but `y` has 5 entries"),
+        (lambda: tuning.GroupLassoTuning(X, B, cv=3, groups=[0, 1]), "`groups` has 2 entries, but `X` has 3 features"),
+        (lambda: tuning.GroupLassoTuning(X, B, cv=3, penalties="each"), "must be 'shared' or 'per-group'"),
+        (lambda: tuning.KernelRidgeTuning(X, B), "found neither"),
+        (lambda: tuning.KernelRidgeTuning(X, B, X_VAL, X_VAL[:, 0], cv=3), "found both"),
+        (lambda: tuning.AdditiveTuning(X * [1, 0, 1], B, cv="gcv"), "feature 1 of `X` is constant"),
+        (lambda: tuning.AdditiveTuning(X, TWO, cv="gcv", family="logistic"), "for the family 'gaussian' only"),
+        (lambda: tuning.AdditiveTuning(X, B, cv=3, family="gamma"), "`family` must be one of"),
+        (lambda: tuning.AdditiveTuning(X, B, cv=3, splines=3), "`splines` must be an integer of at least 5"),
+        (lambda: tuning.DataCleaning(X, THREE, None, None), "pass a clean validation set"),
+        (lambda: tuning.DataCleaning(X, THREE, X, THREE, penalty=0.0), "`penalty` must be positive"),
+        (lambda: tuning.DenoisingTuning(X, X[:5], size=2), "`noisy` has shape (1, 33, 3)"),
+        (lambda: tuning.DenoisingTuning(X, X, size=4), "smaller than a filter of 4"),
+        (lambda: tuning.DenoisingTuning(X, X, size=2, delta=0.0), "`delta` must be positive"),
+    ],
+)
+def test_bad_input_is_named(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
