@@ -59,7 +59,8 @@ def hypergradients(sizes: list[int], shares: list[float], repeats: int) -> None:
             call = lambda X, p=problem, ot=ot: bilevel.hypergradient(p, X, ot.initial(), rtol=ACCURACY, throw=False)
             whole = jax.jit(lambda X, call=call: call(X).gradient)
             mine, gradient = seconds_of(lambda whole=whole, X=X: whole(X), repeats)
-            line = f"  n={n:5d} epsilon={share:4g} median  ours {mine:8.4f} (error {relative(gradient, tight.gradient):.0e})"
+            error = relative(gradient, tight.gradient)
+            line = f"  n={n:5d} epsilon={share:4g} median  ours {mine:8.4f} (error {error:.0e})"
             if installed("ott"):
                 value = lambda X, t, Y=Y, a=a, e=epsilon, loss=loss: loss(X, ott_coupling(X, Y, a, e, t))
                 slope = jax.jit(jax.grad(value))
@@ -68,7 +69,7 @@ def hypergradients(sizes: list[int], shares: list[float], repeats: int) -> None:
                     if error <= ACCURACY:
                         theirs, _ = seconds_of(lambda s=slope, t=threshold, X=X: s(X, t), repeats)
                         ratios.append(theirs / mine)
-                        line += f"  ott-jax {theirs:8.4f} (x{theirs / mine:.1f}, threshold {threshold:.0e}, error {error:.0e})"
+                        line += f"  ott-jax {theirs:8.4f} (x{theirs / mine:.1f}, at {threshold:.0e}, error {error:.0e})"
                         break
                 else:
                     line += f"  ott-jax does not get there (error {error:.0e})"
@@ -124,7 +125,8 @@ def fits(sizes: list[int], counts_of_features: list[int], repeats: int) -> None:
                 design = np.hstack([table[[f"x{k}" for k in range(K)]].to_numpy(), dummies])
                 model = sm.GLM(table["count"].to_numpy(), design, family=sm.families.Poisson())
                 theirs, theta = seconds_of(lambda model=model, K=K: model.fit(tol=1e-12).params[:K], 1)
-                line += f"  statsmodels {theirs:8.3f} (x{theirs / mine:.1f}, differs by {np.max(np.abs(theta - result)):.0e})"
+                gap = np.max(np.abs(theta - result))
+                line += f"  statsmodels {theirs:8.3f} (x{theirs / mine:.1f}, differs by {gap:.0e})"
             print(line, flush=True)
 
 

@@ -264,7 +264,7 @@ class InverseOT(bilevel.AbstractBilevelProblem):
         eps = float(jnp.finfo(theta.dtype).eps)
         constant = self._constant()
         for step in range(max_steps + 1):
-            if step == 1 or (step == 0 and penalty is None):
+            if step == 0:  # what is flat is flat everywhere, and here the coupling is spread out
                 self._refuse_flat("newton", local.hessian, local.raw)
             size = float(joint.optimality_at(local.reduced, theta, penalty))
             inner = float(jnp.sum(jnp.abs(local.rest)))
@@ -281,8 +281,11 @@ class InverseOT(bilevel.AbstractBilevelProblem):
                 break
             dtheta, dg = joint.step_at(local, theta, penalty)
             if not bool(jnp.all(jnp.isfinite(dtheta)) & jnp.all(jnp.isfinite(dg))):
-                self._refuse_flat("newton", local.hessian, local.raw, always=True)
-                raise bilevel.NotConverged("InverseOT.newton: the Newton step is not finite; start closer.", None)
+                raise bilevel.NotConverged(
+                    f"InverseOT.newton: the coefficients run away (the largest is {float(jnp.max(jnp.abs(theta))):.3g} "
+                    f"after {step} steps): no coupling with these marginals has the features of the observed one; pass "
+                    f"the observation's own marginals, a finite `tau`, or a penalty."
+                )
             total = float(local.value) + extra(theta)
             slope = float(jnp.vdot(local.gradient, dtheta) + jnp.vdot(local.rest, dg)) + extra(theta + dtheta)
             slope = min(slope - extra(theta), 0.0)
@@ -338,8 +341,8 @@ class InverseOT(bilevel.AbstractBilevelProblem):
     def _grows(self) -> bool:
         return self._penalty is not None and self._penalty.bounds_all
 
-    def _refuse_flat(self, function: str, hessian: Array, raw: Array, *, always: bool = False) -> None:
-        if self._grows and not always:
+    def _refuse_flat(self, function: str, hessian: Array, raw: Array) -> None:
+        if self._grows:
             return
         direction = _flat_direction(hessian, raw)
         if direction is not None:
