@@ -24,7 +24,7 @@ rng = np.random.default_rng(1)
 # The truth has rank two
 # ----------------------
 
-POINTS, TRAITS, EPSILON, PAIRS = 40, 6, 1.0, 800
+POINTS, TRAITS, EPSILON, PAIRS = 40, 6, 1.0, 200
 P, Q = rng.normal(size=(POINTS, TRAITS)), rng.normal(size=(POINTS, TRAITS))
 features = -np.einsum("ip,jq->pqij", P, Q).reshape(TRAITS**2, POINTS, POINTS)
 A = 0.3 * rng.normal(size=(TRAITS, 2)) @ rng.normal(size=(2, TRAITS))
