@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ._entry import explain
+from ._precision import kept_copies
 from ._trees import ravel, ravel_like
 from .errors import NotConverged
 from .hypergradient import search
@@ -106,7 +107,8 @@ class Oracle:
         guess = jnp.zeros_like(self.y) if self.guess is None else self.guess
         aim = max(rtol, 0.3 * atol / self.length) if self.length > 0 else rtol
         goals = tuple(jnp.asarray(goal, self.dtype) for goal in (rtol, atol, aim))
-        settings = (self.solver, self.adjoint, self.max_inner_steps, guess)
+        copies = kept_copies((self.problem.inner, self.problem.outer))
+        settings = (self.solver, self.adjoint, self.max_inner_steps, guess, copies)
         result, extras = _evaluate(self.problem, tree, y, goals, *settings)
         # A line search that closes in on a kink of h ends up on it, where h has a value but no gradient. Beside it
         # there is one, and the value is the same to the length of the step aside.
@@ -131,9 +133,9 @@ class Oracle:
 
 
 @eqx.filter_jit
-def _evaluate(problem, x, y, goals, solver, adjoint, max_steps, guess):
+def _evaluate(problem, x, y, goals, solver, adjoint, max_steps, guess, copies):
     rtol, atol, aim = goals
-    result, _, (v, residual) = search(problem, x, y, rtol, atol, solver, adjoint, max_steps, True, guess, aim)
+    result, _, (v, residual) = search(problem, x, y, rtol, atol, solver, adjoint, max_steps, True, guess, aim, copies)
     # the value's twin G - v'F: its error is quadratic in that of y, so line searches see what the gradient promises
     value = result.value - jnp.vdot(v, residual).astype(result.value.dtype)
     return result, (value, v)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import weakref
 from typing import Any
 
+import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
@@ -23,15 +26,50 @@ _hoisted: contextvars.ContextVar[dict[int, tuple[Any, Any]] | None] = contextvar
 
 
 @contextlib.contextmanager
-def hoisted(tree: PyTree):
-    """Casts the tree's arrays here, once; `lowered` of the same arrays inside takes these. For loops, whose bodies
-    would else cast all data again at every turn."""
+def hoisted(tree: PyTree, copies: tuple = ()):
+    """Casts the tree's arrays here, once, or takes the `copies` there are; `lowered` of the same arrays inside takes
+    these. For loops, whose bodies would else cast all data again at every turn."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array) and leaf.dtype == jnp.float64]
-    token = _hoisted.set({id(leaf): (leaf, leaf.astype(jnp.float32)) for leaf in leaves})
+    given = iter(copies)
+    known = {}
+    for leaf in leaves:
+        copy = next(given, None) if leaf.size >= _LARGE else None
+        known[id(leaf)] = (leaf, leaf.astype(jnp.float32) if copy is None else copy)
+    token = _hoisted.set(known)
     try:
         yield
     finally:
         _hoisted.reset(token)
+
+
+_LARGE = 2**14  # numbers in an array from which its copy is kept
+_copies: dict[int, tuple[weakref.ref, jax.Array]] = {}
+
+
+def kept_copies(tree: PyTree, *arguments: PyTree) -> tuple:
+    """Float32 copies of the tree's large float64 arrays, in order, made at the first call and kept as long as the
+    arrays live, so that repeated calls on the same data do not cast them again. None for NumPy arrays, which may
+    change; nothing inside a transformation, and nothing where the data are small."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_array(leaf) or isinstance(leaf, np.ndarray)]
+    everything = [*leaves, *jax.tree.leaves(arguments)]
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in everything):
+        return ()
+    leaves = [leaf for leaf in leaves if leaf.dtype == jnp.float64]
+    if sum(leaf.size for leaf in leaves) < WORTH:
+        return ()
+    return tuple(_kept(leaf) for leaf in leaves if leaf.size >= _LARGE)
+
+
+def _kept(leaf: Any) -> jax.Array | None:
+    if not isinstance(leaf, jax.Array):
+        return None
+    key = id(leaf)
+    entry = _copies.get(key)
+    if entry is not None and entry[0]() is leaf:
+        return entry[1]
+    copy = leaf.astype(jnp.float32)
+    _copies[key] = (weakref.ref(leaf, lambda _: _copies.pop(key, None)), copy)
+    return copy
 
 
 def lowered(tree: PyTree) -> PyTree:

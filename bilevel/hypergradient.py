@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from . import _trees as trees
 from ._entry import check_tolerance, finish, prepare_problem
-from ._precision import hoisted, worth_lowering
+from ._precision import hoisted, kept_copies, worth_lowering
 from ._trees import ravel
 from .adjoint import AbstractAdjoint, Estimate, ImplicitAdjoint, Target, differentiable_estimate, usable
 from .bounds import ErrorBound
@@ -181,7 +181,9 @@ def hypergradient(
     check_tolerance("hypergradient", rtol, atol, max_steps)
     x, y0 = prepare_problem("hypergradient", problem, x, y0, "y0")
     adjoint = _rule("hypergradient", adjoint)
-    result, touches = _hypergradient(problem, x, y0, jnp.asarray(rtol), jnp.asarray(atol), solver, adjoint, max_steps)
+    copies = kept_copies((problem.inner, problem.outer), x, y0)
+    goals = (jnp.asarray(rtol), jnp.asarray(atol))
+    result, touches = _hypergradient(problem, x, y0, *goals, solver, adjoint, max_steps, copies)
     result = finish("hypergradient", result, result.converged, result.status, throw, problem.inner, x, y0)
     if not trees.is_traced(touches) and not bool(touches) and bool(jnp.isfinite(result.value)):
         _warn_if_x_is_absent(problem.inner, x, result.y)
@@ -189,17 +191,20 @@ def hypergradient(
 
 
 @eqx.filter_jit
-def _hypergradient(problem, x, y0, rtol, atol, solver, adjoint, max_steps):
+def _hypergradient(problem, x, y0, rtol, atol, solver, adjoint, max_steps, copies):
     newton = adjoint.correction_used is not None and adjoint.correction_used.uses_newton
     default = solver is None and problem.inner.default_solver is None
     # where the data are small a Newton step is tried at once; where they are large its matrix is the dear part
     first = newton and default and not worth_lowering(problem.inner, x, y0)
-    result, touches, _ = search(problem, x, y0, rtol, atol, solver, adjoint, max_steps, first)
+    result, touches, _ = search(problem, x, y0, rtol, atol, solver, adjoint, max_steps, first, copies=copies)
     return result, touches
 
 
-def search(problem, x, y0, rtol, atol, solver, adjoint, max_steps, newton_first, guess=None, aim=None):
-    """The traced body of `hypergradient`: `(Hypergradient, whether x enters the inner problem, (v, F))`, both flat."""
+def search(
+    problem, x, y0, rtol, atol, solver, adjoint, max_steps, newton_first, guess=None, aim=None, copies=()
+):  # fmt: skip
+    """The traced body of `hypergradient`: `(Hypergradient, whether x enters the inner problem, (v, F))`, both flat.
+    `copies`: of `kept_copies((inner, outer))`."""
 
     def work(x, y0):
         flat, unravel = ravel(y0)
@@ -226,7 +231,7 @@ def search(problem, x, y0, rtol, atol, solver, adjoint, max_steps, newton_first,
             )
 
         data = (problem.inner, problem.outer) if worth_lowering(problem.inner, x, y0) else ()
-        with hoisted(data):
+        with hoisted(data, copies):
             out = rounds(attempt, problem.inner, x, y0, solver, max_steps=max_steps, newton_first=newton_first)
         found = out.found
         status = outcome(found.status, out.reached, found.error <= 3 * found.floor, out.steps >= max_steps, max_steps)
