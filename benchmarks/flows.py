@@ -1,8 +1,8 @@
 """Inverse JKO on the fifteen potentials of the JKOnet* study: `python -m benchmarks.flows`.
 
 The study's settings: particles uniform in [-4, 4]^d, explicit Euler steps of 0.01, six snapshots, half the particles
-held out, features the monomials up to degree four of each coordinate and Gaussians on a grid, ridge 0.01. Once as in the
-study (tracked particles), once with independent snapshots of diffusing ones (temperature 0.1), and once on calibrated
+held out, features the monomials up to degree four of each coordinate and Gaussians on a grid, ridge 0.01. Once as in
+the study (tracked particles), once with independent snapshots of diffusing ones (temperature 0.1), and once on calibrated
 data: the entropic step's own solution on a grid, sampled independently. Printed are the one-step-ahead earth mover's
 distance on held-out particles, the error of grad V on the support relative to its size, and seconds; wins and losses
 alike.
@@ -17,6 +17,7 @@ import argparse
 import itertools
 import math
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,7 @@ def run(name: str, setting: str, n: int, dimension: int, seed: int) -> dict[str,
     train, test = snapshots(name, setting, n, dimension, seed)
     size, epsilon = (DT, EPSILON) if setting != "calibrated" else (CALIBRATED_STEP, CALIBRATED_EPSILON)
     phi, found = features(dimension), {}
-    makers = {
+    makers: dict[str, Callable] = {
         f"entropic, rho {rho:g}": lambda rho=rho: flows.InverseJKO(
             train, phi, size, epsilon, sharpening=rho, penalty=Ridge(RIDGE * size**2)
         )

@@ -36,7 +36,7 @@ for (name, end), color in zip(ENDS.items(), ("tab:blue", "tab:red"), strict=True
         errors = np.zeros((len(SIZES), SEEDS))
         for seed in range(SEEDS):
             rng = np.random.default_rng(seed)
-            clouds = [rng.multivariate_normal(*map(np.asarray, law), SIZES[-1]) for law in (START, end)]
+            clouds = [rng.multivariate_normal(np.asarray(m), np.asarray(S), SIZES[-1]) for m, S in (START, end)]
             for k, n in enumerate(SIZES):
                 problem = flows.InverseJKO([z[:n] for z in clouds], flows.Quadratic(), STEP, EPSILON, sharpening=rho)
                 errors[k, seed] = np.linalg.norm(np.asarray(problem.newton(tol=1e-8).x) - TRUTH)
