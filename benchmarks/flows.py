@@ -2,8 +2,8 @@
 
 The study's settings: particles uniform in [-4, 4]^d, explicit Euler steps of 0.01, six snapshots, half the particles
 held out, features the monomials up to degree four of each coordinate and Gaussians on a grid, ridge 0.01. Once as in
-the study (tracked particles), once with independent snapshots of diffusing ones (temperature 0.1), and once on calibrated
-data: the entropic step's own solution on a grid, sampled independently. Printed are the one-step-ahead earth mover's
+the study (tracked particles), once with independent snapshots of diffusing ones (temperature 0.1), and once on
+calibrated data: the entropic step's own solution on a grid, sampled independently. Printed are the one-step-ahead earth mover's
 distance on held-out particles, the error of grad V on the support relative to its size, and seconds; wins and losses
 alike.
 
