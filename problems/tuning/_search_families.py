@@ -35,7 +35,10 @@ class Quadratic(AbstractPenalties):
 
     def ridge(self, x, w):
         weights = jnp.exp(self.spread @ (self.mix @ x + self.offset)) * self.unit
-        return 0.5 * jnp.sum(weights * jnp.square(w))
+        penalty = 0.5 * jnp.sum(weights * jnp.square(w))
+        if w.ndim == 2:  # intercepts of all classes may move together: zero is as good a sum as any
+            penalty = penalty + jnp.where(self.unit[-1] == 0, 0.5, 0) * jnp.square(jnp.sum(w[:, -1]))
+        return penalty
 
 
 class Absolute(eqx.Module):
