@@ -4,8 +4,9 @@ A learned denoiser
 
 Total variation removes noise from a photograph by penalizing two differences of neighbouring pixels, with one weight
 that a grid finds. Here the filters themselves and their weights are hyperparameters: 24 filters of 5 x 5, 600 numbers,
-tuned so that denoised patches come close to clean ones. Every pixel is data, and so, unlike hundreds of penalties of a
-small table, these generalize: they are trained on one half of two photographs and tested on the other.
+tuned so that denoised patches come close to clean ones. Every pixel is data, so that they have a better chance to
+generalize than hundreds of penalties of a small table: they are trained on patches from one half of two photographs and
+tested on the other half. How far they do is printed at the end; more patches and more steps help.
 """
 
 import time
@@ -92,6 +93,8 @@ print(f"{'training patches':<24}{psnr(dirty, clean):8.2f}{psnr(tv, clean):9.2f}{
 learned, tv = problem.denoise(found.x, test_dirty), differences.denoise(best_tv, test_dirty)
 row = psnr(test_dirty, test_clean), psnr(tv, test_clean), psnr(learned, test_clean)
 print(f"{'held-out halves':<24}{row[0]:8.2f}{row[1]:9.2f}{row[2]:9.2f}")
+gain = row[2] - row[1]
+print(f"On halves that it has not seen the learned denoiser is {abs(gain):.2f} dB {'better' if gain > 0 else 'worse'}.")
 
 # %%
 # The picture: a held-out piece of each photograph, and the filters, those with the largest weights first.
