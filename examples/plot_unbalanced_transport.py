@@ -4,8 +4,8 @@ When some of the mass is missing
 
 A quarter of the source has lost its target, and a quarter of the target has no source. Balanced transport must match
 everything; unbalanced transport leaves mass behind where moving it costs more than losing it. The cost is then found
-again from what was transported: by the unbalanced model, which knows all there was, and by a balanced one, which can only be
-told the marginals of what it saw.
+again from what was transported: by the unbalanced model, which knows all there was, and by a balanced one, which can
+only be told the marginals of what it saw.
 """
 
 from pathlib import Path
@@ -56,10 +56,10 @@ pi, PAIRS = couplings["unbalanced"], 2000
 estimates = {"balanced": [], "unbalanced": []}
 for seed in range(20):
     draw = np.random.default_rng(seed).multinomial(PAIRS, pi.ravel() / pi.sum()).reshape(N, N) / PAIRS
-    told = {"epsilon": EPSILON}
-    estimates["balanced"].append(InverseOT(features, draw, **told).newton().x)
-    told |= {"tau": TAU}
-    estimates["unbalanced"].append(InverseOT(features, draw * pi.sum(), weights, weights, **told).newton().x)
+    balanced = InverseOT(features, draw, epsilon=EPSILON)
+    unbalanced = InverseOT(features, draw * pi.sum(), weights, weights, epsilon=EPSILON, tau=TAU)
+    estimates["balanced"].append(balanced.newton().x)
+    estimates["unbalanced"].append(unbalanced.newton().x)
 for name, found in estimates.items():
     print(f"{name}: mean {np.mean(found, axis=0).round(3)}, spread {np.std(found, axis=0).round(3)}, truth {truth}")
 

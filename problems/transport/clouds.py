@@ -77,7 +77,7 @@ class Cloud(AbstractPairs):
 
     def products(self, f, g, a, b, epsilon, left, right):
         ahead = right is not None
-        w = None if right is None else (b * right if right.ndim == 1 else b[:, None] * right)
+        w: Any = None if right is None else (b * right if right.ndim == 1 else b[:, None] * right)
         u = jnp.zeros_like(f) if left is None else left
         weigh = lambda a, v: a * v if v.ndim == 1 else a[:, None] * v
 

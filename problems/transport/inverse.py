@@ -11,11 +11,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 import bilevel
-from bilevel.minimize import Result, State
+from bilevel.minimize import Result
 from bilevel.problem import as_given, as_node
 
 from . import _checks as checks
 from . import _joint as joint
+from ._newton import newton_joint
 from ._observed import (
     LinearCost,
     SharpenedCost,
@@ -251,71 +252,10 @@ class InverseOT(bilevel.AbstractBilevelProblem):
             return bilevel.minimize(
                 self, theta, self.inner.initial(), method=method, tol=tol / scale, max_steps=10 * max_steps
             )
-        return self._newton(*found, theta, tol, max_steps)
-
-    def _newton(self, setting: joint.Setting, swap: bool, theta: Array, tol: float, max_steps: int) -> Result:
-        penalty = self._penalty
-        extra = lambda at: 0.0 if penalty is None else float(penalty.value(at))
-        g = jnp.zeros_like(setting.b)
-        local = joint.local_at(setting, theta, g)
-        history: list[State] = []
-        mass = float(jnp.sum(self.observed))
-        message, converged, evaluations = "", False, 1
-        eps = float(jnp.finfo(theta.dtype).eps)
-        constant = self._constant()
-        for step in range(max_steps + 1):
-            if step == 0:  # what is flat is flat everywhere, and here the coupling is spread out
-                self._refuse_flat("newton", local.hessian, local.raw)
-            size = float(joint.optimality_at(local.reduced, theta, penalty))
-            inner = float(jnp.sum(jnp.abs(local.rest)))
-            error = float(joint.error_floor(setting, local))
-            y = (g, local.f) if swap else (local.f, g)
-            value = float(local.value) + constant + extra(theta)
-            history.append(State(step, theta, y, value, local.reduced, error))
-            settled = inner <= 200 * eps * mass
-            if size <= tol and settled:
-                converged, message = True, f"the gradient fell to {size:.2e}, below {tol:.2e}"
-                break
-            if step == max_steps:
-                message = f"max_steps = {max_steps} reached with a gradient of {size:.2e} (wanted {tol:.2e})"
-                break
-            dtheta, dg = joint.step_at(local, theta, penalty)
-            if not bool(jnp.all(jnp.isfinite(dtheta)) & jnp.all(jnp.isfinite(dg))):
-                raise bilevel.NotConverged(
-                    f"InverseOT.newton: the coefficients run away (the largest is {float(jnp.max(jnp.abs(theta))):.3g} "
-                    f"after {step} steps): no coupling with these marginals has the features of the observed one; pass "
-                    f"the observation's own marginals, a finite `tau`, or a penalty."
-                )
-            total = float(local.value) + extra(theta)
-            slope = float(jnp.vdot(local.gradient, dtheta) + jnp.vdot(local.rest, dg)) + extra(theta + dtheta)
-            slope = min(slope - extra(theta), 0.0)
-            t, accepted = 1.0, False
-            new = joint.local_at(setting, theta + dtheta, g + dg)
-            evaluations += 1
-            for _ in range(40):
-                if t < 1:
-                    trial = float(joint.value_at(setting, theta + t * dtheta, g + t * dg))
-                else:
-                    trial = float(new.value)
-                trial += extra(theta + t * dtheta)
-                if trial <= total + 1e-4 * t * slope:
-                    accepted = True
-                    break
-                if t == 1 and _improves(local, new, theta, dtheta, penalty):
-                    accepted = True
-                    break
-                t *= 0.5
-            if not accepted:
-                converged = size <= tol
-                message = f"round-off ended it with a gradient of {size:.2e} (wanted {tol:.2e})"
-                break
-            theta, g = theta + t * dtheta, g + t * dg
-            local = new if t == 1 else joint.local_at(setting, theta, g)
-            evaluations += t < 1
-        last = history[-1]
-        return Result(
-            last.x, last.y, last.value, last.gradient, last.error, history, converged, message, last.step,
-            evaluations, evaluations, 0,
+        setting, swap = found
+        return newton_joint(
+            setting, swap, theta, self._penalty, tol, max_steps, self._constant(), float(jnp.sum(self.observed)),
+            lambda local: self._refuse_flat("newton", local.hessian, local.raw),
         )  # fmt: skip
 
     def _constant(self) -> float:
@@ -397,13 +337,6 @@ class InverseOT(bilevel.AbstractBilevelProblem):
 
 
 # ------------------------------------------------------------------------------------------------ parts
-
-
-def _improves(local, new, theta, dtheta, penalty) -> bool:
-    """At round-off of the values: whether the full step halves the residuals."""
-    before = float(joint.optimality_at(local.reduced, theta, penalty)) + float(jnp.sum(jnp.abs(local.rest)))
-    after = float(joint.optimality_at(new.reduced, theta + dtheta, penalty)) + float(jnp.sum(jnp.abs(new.rest)))
-    return after <= 0.5 * before
 
 
 def _flat_direction(hessian: Any, raw: Any) -> np.ndarray | None:
