@@ -112,7 +112,9 @@ def fits(sizes: list[int], counts_of_features: list[int], repeats: int) -> None:
 
                 table = poisson_table(features, counts, epsilon)
                 formula = "count ~ " + " + ".join(f"x{k}" for k in range(K)) + " | row + column"
-                fit = lambda table=table, formula=formula: pyfixest.fepois(formula, table, vcov="iid").coef().to_numpy()
+                fit = lambda table=table, formula=formula, pyfixest=pyfixest: (
+                    pyfixest.fepois(formula, table, vcov="iid").coef().to_numpy()
+                )
                 theirs, theta = seconds_of(fit, max(1, repeats // 2))
                 line += (
                     f"  fepois {theirs:8.3f} (x{theirs / mine:.1f}, differs by {np.max(np.abs(theta - result)):.0e})"
@@ -148,10 +150,10 @@ def forward(sizes: list[int], shares: list[float], repeats: int) -> None:
             if installed("ot"):
                 import ot as pot
 
-                arguments = tuple(np.asarray(v) for v in (a, a, C))
+                weights, costs = np.asarray(a), np.asarray(C)
                 method = "sinkhorn" if share >= 0.1 else "sinkhorn_log"
-                run = lambda args=arguments, e=share * median, method=method: pot.sinkhorn(
-                    *args, e, method=method, stopThr=1e-9, numItermax=100_000, warn=False
+                run = lambda w=weights, c=costs, e=share * median, method=method, pot=pot: pot.sinkhorn(
+                    w, w, c, e, method=method, stopThr=1e-9, numItermax=100_000, warn=False
                 )  # fmt: skip
                 theirs, pi = seconds_of(run, max(1, repeats // 3))
                 line += f"  POT {theirs:8.4f} (x{theirs / mine:.1f}, {off(pi):.0e})"

@@ -28,7 +28,7 @@ jax.config.update("jax_enable_x64", True)
 # ----------------------------------
 
 graph = nx.les_miserables_graph()
-links = nx.to_numpy_array(graph, weight=None)
+links = (nx.to_numpy_array(graph) > 0).astype(float)
 rng = np.random.default_rng(0)
 upper = np.transpose(np.triu_indices(len(links), 1))
 present = upper[links[upper[:, 0], upper[:, 1]] > 0]

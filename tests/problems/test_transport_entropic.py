@@ -109,7 +109,9 @@ def test_values_couplings_and_marginals(kind):
         np.testing.assert_allclose(value, identity, rtol=1e-10)
 
 
-@pytest.mark.parametrize("kind", TAUS)
+@pytest.mark.parametrize(
+    "kind", ["balanced", "both", *(pytest.param(k, marks=pytest.mark.slow) for k in ("first kept", "second kept"))]
+)
 @pytest.mark.parametrize("key", ["C0", "x", "a", "b", "epsilon", "tau"])
 def test_gradients_of_value_and_coupling_in_everything(kind, key):
     p = parameters(kind)
@@ -175,7 +177,7 @@ def test_every_solver_finds_the_same():
 # ------------------------------------------------------------------------------------------------ zero, infinity
 
 
-@pytest.mark.parametrize("kind", ["balanced", "both"])
+@pytest.mark.parametrize("kind", ["balanced", pytest.param("both", marks=pytest.mark.slow)])
 def test_a_weight_of_zero_is_a_point_that_is_not_there(kind):
     p = parameters(kind)
     C = C0 + X * C1

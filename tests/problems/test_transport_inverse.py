@@ -58,7 +58,7 @@ def test_the_gap_is_the_gap_and_its_bregman_form(kind):
     np.testing.assert_allclose(gradient, np.tensordot(FEATURES, observed - model, 2), rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("rho", [0, 0.3, 5.0])
+@pytest.mark.parametrize("rho", [0, 0.3, pytest.param(5.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", TAUS)
 def test_losses_vanish_at_the_truth_and_are_convex(kind, rho):
     iot = problem(kind, rho)
@@ -74,7 +74,7 @@ def test_losses_vanish_at_the_truth_and_are_convex(kind, rho):
             assert float(value_and_slope(THETA)[0]) <= float(problem(kind).loss(THETA))
 
 
-@pytest.mark.parametrize("kind", TAUS)
+@pytest.mark.parametrize("kind", ["unbalanced", pytest.param("balanced", marks=pytest.mark.slow)])
 def test_sharpened_loss_is_its_definition_and_its_derivative_in_rho(kind):
     """inf over pi of F_theta + rho KL(pi | observed), with the cost shifted by hand; dL/drho = -KL(pi | observed)."""
     a, b = weights(kind)
@@ -109,8 +109,14 @@ def test_limits_in_rho():
     assert gaps[1] < 0.12 * gaps[0] < 0.02 * limit
 
 
-@pytest.mark.parametrize("rho", [0, 0.3])
-@pytest.mark.parametrize("kind", TAUS)
+@pytest.mark.parametrize(
+    ("kind", "rho"),
+    [
+        ("balanced", 0.3),
+        ("unbalanced", 0),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in (("balanced", 0), ("unbalanced", 0.3))),
+    ],
+)
 def test_hessian_is_exact(kind, rho):
     iot = problem(kind, rho)
     H = np.asarray(iot.hessian(THETA))
@@ -125,6 +131,7 @@ def test_hessian_is_exact(kind, rho):
     assert np.linalg.eigvalsh(bound - H)[0] > -1e-12  # second moments of the features
 
 
+@pytest.mark.slow
 def test_functions_of_one_side_are_flat_when_balanced_and_curved_when_not():
     u, w = RNG.normal(size=(N, 1)), RNG.normal(size=(1, M))
     features = np.stack([FEATURES[0], u + 0 * w, w + 0 * u, np.ones((N, M))])
@@ -219,7 +226,10 @@ def test_standard_errors_are_the_spread_of_estimates():
 
 @pytest.mark.parametrize(
     "penalty",
-    [L1(0.05), L1(np.array([0.0, 0.2, 0.01])), Group(0.05, [0, 1, 0]), Box(-0.1, 0.3), Sign(1)],
+    [
+        L1(np.array([0.0, 0.2, 0.01])),
+        *(pytest.param(p, marks=pytest.mark.slow) for p in (L1(0.05), Group(0.05, [0, 1, 0]), Box(-0.1, 0.3), Sign(1))),
+    ],
     ids=lambda p: type(p).__name__,
 )
 def test_penalised_estimates_satisfy_their_optimality(penalty):
@@ -262,6 +272,7 @@ def test_an_outer_function_of_the_coupling():
     np.testing.assert_allclose(bilevel.minimize(iot, *iot.initial(), tol=1e-8).x, TRUTH, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_features_may_be_a_function():
     iot = InverseOT(
         lambda theta: jnp.tensordot(theta, jnp.asarray(FEATURES), 1), coupling("balanced"), epsilon=EPSILON,
