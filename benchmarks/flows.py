@@ -3,9 +3,9 @@
 The study's settings: particles uniform in [-4, 4]^d, explicit Euler steps of 0.01, six snapshots, half the particles
 held out, features the monomials up to degree four of each coordinate and Gaussians on a grid, ridge 0.01. Once as in
 the study (tracked particles), once with independent snapshots of diffusing ones (temperature 0.1), and once on
-calibrated data: the entropic step's own solution on a grid, sampled independently. Printed are the one-step-ahead earth mover's
-distance on held-out particles, the error of grad V on the support relative to its size, and seconds; wins and losses
-alike.
+calibrated data: the entropic step's own solution on a grid, sampled independently. Printed are the one-step-ahead
+earth mover's distance on held-out particles, the error of grad V on the support relative to its size, and seconds;
+wins and losses alike.
 
 Options: `--particles 2000`, `--seeds 1`, `--dimension 2` (then 10, 30, 50 without the grid of Gaussians), `--settings
 tracked,independent,calibrated`, `--potentials all`.
