@@ -74,7 +74,8 @@ class LeaveOneOut(bilevel.AbstractBilevelProblem):
     `tune`. Fold s fits without snapshot s (without the steps to and from it), and forecasts it from snapshot s - 1.
 
     **Arguments:** `model`: an `InverseJKO` with features linear in theta and finite sharpening; what is not tuned
-    stays as it is there, what is tuned starts there. `snapshots`: those of the model.
+    stays as it is there, what is tuned starts there. A positive sharpening makes every fit solve the steps again, which
+    takes minutes to compile; no test covers it yet. `snapshots`: those of the model.
 
     **Raises:** ValueError, TypeError naming the argument.
     """
