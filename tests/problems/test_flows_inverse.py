@@ -80,7 +80,7 @@ def test_loss_gradient_and_hessian(rho):
         found = (8 * (at(h) - at(-h)) - at(2 * h) + at(-2 * h)) / (12 * h)
         np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)
     H = model.hessian(THETA)
-    np.testing.assert_array_equal(H, H.T)
+    np.testing.assert_allclose(H, H.T, rtol=1e-12, atol=1e-14)
     values = np.linalg.eigvalsh(H)
     assert values[0] > 0
     np.testing.assert_allclose(model.conditioning(THETA), values[-1] / values[0], rtol=1e-10)
