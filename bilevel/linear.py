@@ -231,7 +231,8 @@ class Krylov(AbstractLinearSolver):
         wanted = self.rtol if self.rtol is not None else rtol if rtol is not None else 50 * eps
         limit = 10 * system.size + 10 if self.max_steps is None else self.max_steps
         b_norm = jnp.linalg.norm(b)
-        absolute = jnp.asarray(wanted, b.dtype) * b_norm
+        nothing = b_norm == 0  # lineax's Krylov methods would divide by it
+        absolute = jnp.where(nothing, jnp.inf, jnp.asarray(wanted, b.dtype) * b_norm)
         shape = jax.ShapeDtypeStruct(b.shape, b.dtype)
         operator = lx.FunctionLinearOperator(lambda v: system.product(v, transpose), shape)
         if self.method == "gmres":
@@ -241,14 +242,15 @@ class Krylov(AbstractLinearSolver):
         else:
             solver = lx.BiCGStab(0.0, absolute, norm=jnp.linalg.norm, max_steps=limit)
         options = {} if guess is None else {"y0": guess}
-        out = lx.linear_solve(operator, b, solver, options=options, throw=False)
-        residual = b - system.product(out.value, transpose)
+        out = lx.linear_solve(operator, jnp.where(nothing, 1, b), solver, options=options, throw=False)
+        value = jnp.where(nothing, 0, out.value)
+        residual = b - system.product(value, transpose)
         size = jnp.linalg.norm(residual)
         good = size <= jnp.maximum(10 * absolute, 100 * eps * b_norm)
         status = Status.where(good, Status("converged"), Status("linear_solve"))
         status = Status.where(jnp.isfinite(size), status, Status("singular"))
         steps = jnp.asarray(out.stats["num_steps"])
-        return LinearSolution(out.value, residual, status, jnp.ones((), b.dtype), steps + 1)
+        return LinearSolution(value, residual, status, jnp.ones((), b.dtype), steps + 1)
 
 
 class Neumann(AbstractLinearSolver):

@@ -221,3 +221,13 @@ def test_preconditioners_in_every_form():
         out = run(ConjugateGradient(preconditioner=preconditioner), minimization(), rtol=1e-10)
         assert int(out.products) <= 4
         np.testing.assert_allclose(out.value, M @ B, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("method", "size"), [("gmres", 1.0), ("gmres", 0.0), ("bicgstab", 0.0)])
+def test_krylov_on_the_identity_and_on_nothing(method, size):
+    """Methods that break down at once when they are done at once (BiCGStab on the identity does, and says so)."""
+    _, system = linear_system(root(np.eye(N)), X0, split(jnp.zeros(N)))
+    solver = Krylov(method)
+    found = solver.solve(solver.prepare(system), system, size * B)
+    np.testing.assert_allclose(found.value, size * B, rtol=1e-12)
+    assert str(found.status) == "converged"
