@@ -199,3 +199,13 @@ def test_kill_at_random_moments(tmp_path, usual):
                     time.sleep(0.02)
                 time.sleep(draw.uniform(0, 0.8))
                 process.send_signal(signal.SIGKILL)
+
+
+def test_a_point_on_a_kink_of_h_is_stepped_beside():
+    """y* = max(1 - e^x, 0): at x = 0 the weight has just gone, and h has a value but no gradient."""
+    inner = bilevel.Composite(lambda x, y: 0.5 * jnp.sum((y - 1) ** 2), bilevel.prox.l1(jnp.exp))
+    problem = bilevel.BilevelProblem(inner, lambda x, y: 0.5 * jnp.sum((y + 0.5) ** 2))
+    with pytest.raises(bilevel.NotConverged, match="no derivative there"):
+        bilevel.hypergradient(problem, jnp.zeros(()), jnp.zeros(1))
+    found = bilevel.minimize(problem, jnp.zeros(()), jnp.zeros(1), bounds=(jnp.asarray(-2.0), jnp.asarray(2.0)))
+    np.testing.assert_allclose(found.value, 0.125, rtol=1e-5)  # y = 0
