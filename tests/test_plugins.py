@@ -9,7 +9,7 @@ from problems import flows, transport, tuning
 PLUGINS = {"tuning": tuning, "transport": transport, "flows": flows}
 CASES = {f"{name}: {key}": make for name, plugin in PLUGINS.items() for key, make in plugin.examples().items()}
 # what `make test` has time for; the others run in `make test-slow`
-QUICK = ("tuning: ridge, folds, shared", "tuning: kernel ridge, leave-one-out")
+QUICK = ("tuning: ridge, folds, shared",)
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])

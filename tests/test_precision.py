@@ -12,10 +12,11 @@ from .helpers import glm, reference, relative
 
 
 def large(seed):
-    return glm("logistic", seed, 2**19 // 4 + 1, 4)
+    return glm("logistic", seed, 5000, 4)
 
 
-def test_copies_are_kept_as_long_as_the_data_and_follow_them():
+def test_copies_are_kept_as_long_as_the_data_and_follow_them(monkeypatch):
+    monkeypatch.setattr(precision, "WORTH", 2**14)
     before = len(precision._copies)
     case = large(0)
     first = precision.kept_copies(case.problem.inner)

@@ -113,7 +113,16 @@ def k_w(phi, x, y, jw, w):
     return (moved - turned) @ jnp.linalg.inv(slope)
 
 
-@pytest.mark.parametrize("phi", [Exp(), Softplus(), JacobiScaling(), CUBE], ids=lambda phi: type(phi).__name__)
+@pytest.mark.parametrize(
+    "phi",
+    [
+        Exp(),
+        pytest.param(Softplus(), marks=pytest.mark.slow),
+        JacobiScaling(),
+        pytest.param(CUBE, marks=pytest.mark.slow),
+    ],
+    ids=lambda phi: type(phi).__name__,
+)
 def test_the_constant_is_that_of_the_formula(phi):
     """d(estimate)/dy = d(plain)/dy + (F_y^-1 K_w' F_y)' G_y for each w: term (a) of the theory replaced by (12)."""
     truth = reference(QUADRATIC, X, Y0)

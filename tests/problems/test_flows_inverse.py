@@ -65,7 +65,9 @@ def dense_loss(theta, rho):
 # ------------------------------------------------------------------------------------------------ the loss
 
 
-@pytest.mark.parametrize("rho", [pytest.param(0, marks=pytest.mark.slow), 1.0, np.inf])
+@pytest.mark.parametrize(
+    "rho", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1.0, marks=pytest.mark.slow), np.inf]
+)
 def test_loss_gradient_and_hessian(rho):
     """The loss is its Bregman form, found densely; the derivatives are differences; all ways to a gradient agree."""
     model = problem(rho)
