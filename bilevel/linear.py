@@ -232,7 +232,7 @@ class Krylov(AbstractLinearSolver):
         limit = 10 * system.size + 10 if self.max_steps is None else self.max_steps
         b_norm = jnp.linalg.norm(b)
         nothing = b_norm == 0  # lineax's Krylov methods would divide by it
-        absolute = jnp.where(nothing, jnp.inf, jnp.asarray(wanted, b.dtype) * b_norm)
+        absolute: Any = jnp.where(nothing, jnp.inf, jnp.asarray(wanted, b.dtype) * b_norm)
         shape = jax.ShapeDtypeStruct(b.shape, b.dtype)
         operator = lx.FunctionLinearOperator(lambda v: system.product(v, transpose), shape)
         if self.method == "gmres":
