@@ -11,12 +11,12 @@ import contextvars
 import weakref
 from typing import Any
 
-import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
+
+from ._trees import is_traced
 
 WORTH = 2**19
 """Numbers in an inner problem's data from which casting them pays (`python -m benchmarks.threshold` measures it)."""
@@ -50,10 +50,9 @@ def kept_copies(tree: PyTree, *arguments: PyTree) -> tuple:
     """Float32 copies of the tree's large float64 arrays, in order, made at the first call and kept as long as the
     arrays live, so that repeated calls on the same data do not cast them again. None for NumPy arrays, which may
     change; nothing inside a transformation, and nothing where the data are small."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_array(leaf) or isinstance(leaf, np.ndarray)]
-    everything = [*leaves, *jax.tree.leaves(arguments)]
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in everything):
+    if is_traced(tree, arguments):
         return ()
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, (jax.Array, np.ndarray))]
     leaves = [leaf for leaf in leaves if leaf.dtype == jnp.float64]
     if sum(leaf.size for leaf in leaves) < WORTH:
         return ()
