@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
@@ -63,7 +64,7 @@ def sparse() -> tuple:
 class Matrixfree(AbstractInner):
     """The smooth problem, solved by conjugate gradients."""
 
-    tag: Any = None
+    tag: object = eqx.field(static=True)  # a new one in every case, so that the cases share no compiled programs
 
     def optimality(self, x, y):
         return jax.grad(smooth, argnums=1)(x, y)
@@ -82,7 +83,7 @@ class Matrixfree(AbstractInner):
 
 
 def matrixfree() -> tuple:
-    return BilevelProblem(Matrixfree(), outer()), X, Y0
+    return BilevelProblem(Matrixfree(tag=object()), outer()), X, Y0
 
 
 def hypergradient(case):
