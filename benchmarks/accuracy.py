@@ -27,6 +27,7 @@ ESTIMATORS = {
     "Newton, CG": ImplicitAdjoint(ConjugateGradient()),
     "plain, dense": ImplicitAdjoint(Direct(), correction=None),
     "plain, CG": ImplicitAdjoint(ConjugateGradient(), correction=None),
+    "linearized": bilevel.LinearizedAdjoint(),
     "Jacobi": ImplicitAdjoint(correction=bilevel.Jacobi()),
 }
 ACCURACIES = (1e-3, 1e-6, 1e-9)

@@ -1,7 +1,14 @@
 """Bilevel optimization on JAX: problems inside problems, and hypergradients that carry their error."""
 
 from . import linear, prox, solvers
-from .adjoint import ImplicitAdjoint, JacobianFreeAdjoint, NeumannAdjoint, OneStepAdjoint, UnrolledAdjoint
+from .adjoint import (
+    ImplicitAdjoint,
+    JacobianFreeAdjoint,
+    LinearizedAdjoint,
+    NeumannAdjoint,
+    OneStepAdjoint,
+    UnrolledAdjoint,
+)
 from .bounds import ErrorBound
 from .composite import Composite
 from .constrained import Constrained, Multipliers
@@ -40,6 +47,7 @@ __all__ = [
     "Jacobi",
     "JacobiScaling",
     "JacobianFreeAdjoint",
+    "LinearizedAdjoint",
     "Krylov",
     "Minimization",
     "Multipliers",

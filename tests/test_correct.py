@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 import bilevel
-from bilevel import BilevelProblem, ConjugateGradient, Direct, ImplicitAdjoint, Jacobi, Newton, Preconditioner
+from bilevel import (
+    BilevelProblem,
+    ConjugateGradient,
+    Direct,
+    ImplicitAdjoint,
+    Jacobi,
+    LinearizedAdjoint,
+    Newton,
+    Preconditioner,
+)
 
 from .helpers import directions, distance, omega, omega_y, reference, relative, slopes, smooth
 
@@ -144,6 +153,36 @@ def test_unguarded_corrections_are_taken():
     guarded = bilevel.estimate(CASE.problem, CASE.x, y, ImplicitAdjoint(correction=adjoint.correction))
     assert str(guarded.status) == "correction_rejected"
     np.testing.assert_array_equal(guarded.y, y)
+
+
+@pytest.mark.parametrize("linear_solver", [Direct(), ConjugateGradient()])
+def test_linearized_instead_of_moved(linear_solver):
+    """Omega - Omega_y s, with Omega_y from autodiff; order two, and an error that bounds."""
+    true, estimated, converged = errors(LinearizedAdjoint(linear_solver))
+    assert np.all(converged)
+    np.testing.assert_allclose(slopes(true, DISTANCES), 2, atol=0.05)
+    assert np.all(true < estimated)
+    y = TRUTH.y + 1e-2 * WAYS[0]
+    step = jnp.linalg.solve(jnp.asarray(jax.hessian(CASE.problem.inner.objective, argnums=1)(CASE.x, y)),
+                            CASE.problem.inner.optimality(CASE.x, y))  # fmt: skip
+    wanted = omega(CASE.problem, CASE.x, y) - omega_y(CASE.problem, CASE.x, y) @ step
+    found = bilevel.estimate(CASE.problem, CASE.x, y, LinearizedAdjoint(linear_solver))
+    assert relative(found.gradient, wanted) < 1e-10
+    np.testing.assert_array_equal(found.y, y)
+
+
+def newton_step(x, y):
+    F = CASE.problem.inner.optimality
+    return y - jnp.linalg.solve(jax.jacobian(F, argnums=1)(x, y), F(x, y))
+
+
+def test_the_chain_rule_through_one_newton_step():
+    """The fixed point of Newton's step, and the outer function behind it: order two by plain differentiation."""
+    outer = CASE.problem.outer
+    behind = BilevelProblem(bilevel.FixedPoint(newton_step), lambda x, y: outer(x, newton_step(x, y)))
+    points = TRUTH.y + DISTANCES[None, :, None] * WAYS[:2, None, :]
+    gradient, _, _ = gradients(behind, CASE.x, points, ImplicitAdjoint(Direct(), correction=None))
+    np.testing.assert_allclose(slopes(jnp.linalg.norm(gradient - TRUTH.gradient, axis=-1), DISTANCES), 2, atol=0.05)
 
 
 @pytest.mark.parametrize("linear_solver", [Direct(), ConjugateGradient(rtol=1e-15), ConjugateGradient()])

@@ -30,9 +30,9 @@ def test_hypergradients_are_those_known(name):
         size = float(jnp.linalg.norm(case.hypergradient))
         found = bilevel.hypergradient(case.problem, case.x, case.y0, rtol=1e-7, atol=1e-9)
         wrong = float(jnp.linalg.norm(found.gradient - case.hypergradient))
-        floor = 1e-14 * (1 + size)
         assert wrong <= max(1e-7 * size, 1e-9)
-        assert wrong <= 3 * float(found.error) + floor
+        # below 1e-12 an error is round-off of the terms that cancel in F, which the estimate cannot see
+        assert wrong <= max(3 * float(found.error), 1e-12)
 
     check()
 

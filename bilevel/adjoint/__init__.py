@@ -12,7 +12,7 @@ and with l(x, y) = G - v'F (v frozen) the derivative of Omega in y along p is g_
 from __future__ import annotations
 
 from ._base import AbstractAdjoint, Estimate, Target, usable
-from ._implicit import ImplicitAdjoint
+from ._implicit import ImplicitAdjoint, LinearizedAdjoint
 from ._others import JacobianFreeAdjoint, NeumannAdjoint, OneStepAdjoint, UnrolledAdjoint
 from ._rule import differentiable_estimate, implicit, solve_linear
 from ._second import hessian_product, moved_point, parts_at
@@ -22,6 +22,7 @@ __all__ = [
     "Estimate",
     "ImplicitAdjoint",
     "JacobianFreeAdjoint",
+    "LinearizedAdjoint",
     "NeumannAdjoint",
     "OneStepAdjoint",
     "Target",

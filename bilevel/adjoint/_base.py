@@ -41,6 +41,7 @@ class Estimate(NamedTuple):
     value: jax.Array
     gradient: PyTree
     error: jax.Array
+    vector: PyTree  # like x: what the gradient is wrong by to first order in the step still to go
     floor: jax.Array  # the share of `error` that is round-off
     inner_residual: jax.Array
     adjoint_residual: jax.Array

@@ -99,6 +99,7 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
         value=value,
         gradient=gradient,
         error=(trees.norm(vector) + floor).astype(flat.dtype) + left,
+        vector=vector,
         floor=floor.astype(flat.dtype),
         inner_residual=jnp.linalg.norm(residual),
         adjoint_residual=jnp.linalg.norm(adjoint.residual),
@@ -141,6 +142,7 @@ def evaluate_value(problem, x, flat, unravel, solver, state, *, at=None, rough=0
     condition = jnp.where(jnp.isfinite(forward.condition), forward.condition, 1)
     size = trees.norm(gradient)
     floor = (trees.coarsest(x, unravel(flat)) * condition.astype(size.dtype) * size).astype(flat.dtype)
+    vector = along(step)[1]
     given = jnp.isfinite(value) & trees.all_finite(gradient) & jnp.all(jnp.isfinite(residual))
     status = Status.where(given, Status(), Status("non_finite"))
     status = status.then(problem.inner.status_at(x, unravel(flat))).then(system.gauge_status).then(forward.status)
@@ -149,7 +151,8 @@ def evaluate_value(problem, x, flat, unravel, solver, state, *, at=None, rough=0
         flat=flat,
         value=value,
         gradient=gradient,
-        error=trees.norm(along(step)[1]).astype(flat.dtype) + floor,
+        error=trees.norm(vector).astype(flat.dtype) + floor,
+        vector=vector,
         floor=floor,
         inner_residual=jnp.linalg.norm(residual),
         adjoint_residual=zero,

@@ -79,13 +79,40 @@ class ImplicitAdjoint(AbstractAdjoint):
         return implicit(inner, x, y0, work, self.linear_solver, throw=throw)
 
 
+class LinearizedAdjoint(AbstractAdjoint):
+    """Omega(x, y) - Omega_y(x, y) s at the y given, s the Newton step: order two in the inner error with one matrix.
+
+    y is not moved, and F, G and the matrix are evaluated at y alone; what is subtracted is the vector whose norm the
+    error estimate of plain differentiation is (derived in docs/theory, "A moved evaluation point"). `.error` is that
+    norm still, the size of what was subtracted: asymptotically an upper bound, so `hypergradient` with this rule does
+    the work of a plain one and returns more than it promises. Exact where Omega is affine in y.
+
+    **Arguments:** `linear_solver`: as for `ImplicitAdjoint`.
+    """
+
+    linear_solver: Any = None
+
+    @property
+    def linear_solver_used(self):
+        return self.linear_solver
+
+    def estimate(self, problem, x, y, *, target=None, guess=None):
+        rough = 100 * float(jnp.finfo(ravel(y)[0].dtype).eps)  # what is subtracted must be right to order two
+        plain = ImplicitAdjoint(self.linear_solver, correction=None)
+        found = _estimate(plain, problem, x, y, target, guess, rough=rough)
+        return found._replace(gradient=trees.subtract(found.gradient, found.vector))
+
+    def differentiable(self, inner, x, y0, work, *, throw):
+        return implicit(inner, x, y0, work, self.linear_solver, throw=throw)
+
+
 class _Pair(NamedTuple):
     inner: Any
     outer: Callable
     value_only: bool = False
 
 
-def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess) -> Estimate:
+def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess, rough: float | None = None) -> Estimate:
     inner = problem.inner
     flat, unravel = ravel(y)
     eps = float(jnp.finfo(flat.dtype).eps)
@@ -94,6 +121,8 @@ def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess) -> Estimat
     newton = correction is not None and correction.uses_newton
     improving = newton and target is not None
     goal: Any = target
+    if rough is None:
+        rough = 1e-3 if target is None else 0.03
     moved = correct(correction, solver, inner, x, flat, unravel, guard=adjoint.guard, loose=target is not None)
     if target is not None:
         rtol = jnp.clip(0.2 * target.aim, 10 * eps, 1e-3).astype(flat.dtype)
@@ -113,7 +142,6 @@ def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess) -> Estimat
         at = None
     judge = lambda found: _judge(found, moved, last, newton, helper, inner, x, unravel, limited=named is not None)
     if problem.value_only and newton:  # without Newton's step the adjoint's is the one solve, and worth an order
-        rough = 1e-3 if target is None else 0.03
         found = evaluate_value(problem, x, here, unravel, helper, prepared, at=at, rough=rough)
         found = found._replace(status=judge(found))
     elif improving:
@@ -122,7 +150,6 @@ def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess) -> Estimat
         )
         found = _improve(evaluated, here, helper, guess, judge, goal, rtol)
     else:
-        rough = 1e-3 if target is None else 0.03
         found = evaluate(
             problem, x, here, unravel, helper, prepared, guess=guess, rtol=rtol, at=at, named=named, rough=rough
         )
