@@ -31,8 +31,8 @@ def test_hypergradients_are_those_known(name):
         found = bilevel.hypergradient(case.problem, case.x, case.y0, rtol=1e-7, atol=1e-9)
         wrong = float(jnp.linalg.norm(found.gradient - case.hypergradient))
         assert wrong <= max(1e-7 * size, 1e-9)
-        # below 1e-12 an error is round-off of the terms that cancel in F, which the estimate cannot see
-        assert wrong <= max(3 * float(found.error), 1e-12)
+        # below this an error is round-off, that of terms cancelling in F included, which the estimate cannot see
+        assert wrong <= max(3 * float(found.error), 1e-12 + 1e-14 * size)
 
     check()
 
