@@ -11,6 +11,18 @@ import bilevel
 from ._trust_case import Case, case
 
 
+def _quadratic(Q, B, shift, x, y):
+    return 0.5 * y @ (Q @ y) - (B @ x + shift) @ y
+
+
+def _affine(matrix, right, x, y):
+    return matrix @ y - right
+
+
+def _linear(c, x, y):
+    return c @ y
+
+
 def _program(weak: bool) -> Case:
     """min y'Qy/2 - q(x)'y with E y = e and A y <= a: 20 unknowns, 5 equalities, 10 inequalities, 3 of them active."""
     rng = np.random.default_rng(6)
@@ -26,12 +38,11 @@ def _program(weak: bool) -> Case:
     # y'(x) on the active set: the first rows of the inverse KKT matrix
     system = np.block([[Q, on.T], [on, np.zeros((8, 8))]])
     tangent = np.linalg.solve(system, np.vstack([B, np.zeros((8, 4))]))[:20]
+    data = lambda f, *arrays: jax.tree_util.Partial(f, *map(jnp.asarray, arrays))  # leaves: both cases compile once
     inner = bilevel.Constrained(
-        lambda x, y: 0.5 * y @ (Q @ y) - (B @ x + shift) @ y,
-        equality=lambda x, y: E @ y - e,
-        inequality=lambda x, y: A @ y - a,
+        data(_quadratic, Q, B, shift), equality=data(_affine, E, e), inequality=data(_affine, A, a)
     )
-    outer = lambda x, y: jnp.asarray(c) @ y
+    outer = data(_linear, c)
     point, y0 = jnp.asarray(x), jnp.zeros(20)
     ours = lambda: bilevel.hypergradient(bilevel.BilevelProblem(inner, outer), point, y0).gradient
 

@@ -60,7 +60,7 @@ def _evaluate_shapes(function: str, check, inner, x, y) -> None:
 def _own_shape(inner) -> PyTree | None:
     """The shapes of the inner problem's own starting point, where it knows one."""
     try:
-        return jax.eval_shape(inner.initial)
+        return trees.shapes_of(inner.initial)
     except ValueError:
         return None
 

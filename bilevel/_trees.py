@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -114,6 +115,31 @@ def ravel_like(tree: PyTree, dtype) -> jax.Array:
     if len(leaves) == 1:
         return jnp.asarray(leaves[0]).reshape(-1).astype(dtype)
     return jnp.concatenate([jnp.asarray(leaf).reshape(-1).astype(dtype) for leaf in leaves])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _called(fixed, arrays, arguments):
+    return _assembled(fixed, arrays)(*arguments)
+
+
+def _assembled(fixed, arrays):
+    structure, others = fixed
+    left = iter(arrays)
+    return jax.tree.unflatten(structure, [next(left) if leaf is _ARRAY else leaf for leaf in others])
+
+
+_ARRAY = object()
+
+
+def shapes_of(function: Any, *arguments: PyTree) -> PyTree:
+    """The shapes and dtypes of `function(*arguments)`, traced once for all functions that differ in their arrays only.
+
+    `jax.eval_shape` looks for earlier traces by comparing functions, which for two with traced arrays in them has no
+    answer.
+    """
+    leaves, structure = jax.tree.flatten(function)
+    others = tuple(_ARRAY if eqx.is_array(leaf) else leaf for leaf in leaves)
+    return _called.trace((structure, others), [a for a in leaves if eqx.is_array(a)], arguments).out_info
 
 
 def norm(tree: PyTree) -> jax.Array:

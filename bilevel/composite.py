@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from ._support import SupportAware, inverse_curvature
-from ._trees import check_like, ravel
+from ._trees import check_like, ravel, shapes_of
 from .errors import Status
 from .problem import AbstractInner, _callable, _check_scalar, as_given
 
@@ -130,9 +130,9 @@ class Composite(AbstractInner):
         return same_rows & (jnp.max(jnp.abs(one - two), initial=0) <= allowed * size)
 
     def check(self, x, y):
-        _check_scalar(jax.eval_shape(self._smooth, x, y), "Composite", "smooth")
+        _check_scalar(shapes_of(self._smooth, x, y), "Composite", "smooth")
         t = jnp.ones((), ravel(y)[0].dtype)
-        check_like(jax.eval_shape(self._prox, x, y, t), y, "Composite", "prox(x, v, t)", "y")
+        check_like(shapes_of(self._prox, x, y, t), y, "Composite", "prox(x, v, t)", "y")
 
 
 def _probe(flat: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from . import _projection as projection
 from ._support import SupportAware, inverse_curvature
-from ._trees import check_like, ravel, ravel_like
+from ._trees import check_like, ravel, ravel_like, shapes_of
 from .errors import Status
 from .problem import AbstractInner, _callable, _check_scalar, as_given
 
@@ -91,7 +91,7 @@ class Constrained(AbstractInner):
     def _rows(self, x, y) -> projection.Polyhedron:
         flat, unravel = ravel(y)
         all_of = lambda point: jnp.concatenate(self._constraints(x, unravel(point)))
-        equalities = jax.eval_shape(self._constraints, x, y)[0].shape[0]
+        equalities = shapes_of(self._constraints, x, y)[0].shape[0]
         return projection.polyhedron(jax.jacrev(all_of)(flat), all_of(flat), equalities)
 
     def _gradient(self, x, y):
@@ -136,7 +136,7 @@ class Constrained(AbstractInner):
         rows, _, _, _, u = self._step(x, y, t)
         u = u / (t * rows.size)
         parts = (u[: rows.equalities], u[rows.equalities :])
-        shapes = [None if f is None else jax.eval_shape(f, x, y) for f in (self._equality, self._inequality)]
+        shapes = [None if f is None else shapes_of(f, x, y) for f in (self._equality, self._inequality)]
         return Multipliers(
             *(None if s is None else a.reshape(s.shape).astype(s.dtype) for s, a in zip(shapes, parts, strict=True))
         )
@@ -164,9 +164,9 @@ class Constrained(AbstractInner):
         return Status.where(projection.dependent(rows, active), Status("singular"), status)
 
     def check(self, x, y):
-        _check_scalar(jax.eval_shape(self._objective, x, y), "Constrained", "objective")
+        _check_scalar(shapes_of(self._objective, x, y), "Constrained", "objective")
         for name, f in (("equality", self._equality), ("inequality", self._inequality)):
-            shape = None if f is None else jax.eval_shape(f, x, y)
+            shape = None if f is None else shapes_of(f, x, y)
             if shape is not None and not hasattr(shape, "shape"):
                 raise ValueError(f"bilevel.Constrained: `{name}` must return one array, found {shape}.")
-        check_like(jax.eval_shape(self.optimality, x, y), y, "Constrained", "the optimality F(x, y)", "y")
+        check_like(shapes_of(self.optimality, x, y), y, "Constrained", "the optimality F(x, y)", "y")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PyTree, Scalar
 
-from ._trees import check_like
+from ._trees import check_like, shapes_of
 from .errors import Status
 
 __all__ = ["AbstractBilevelProblem", "AbstractInner", "BilevelProblem", "FixedPoint", "Minimization", "Root"]
@@ -156,7 +156,7 @@ class AbstractInner(eqx.Module):
     def check(self, x: PyTree, y: PyTree) -> None:
         """Raises ValueError unless F can be evaluated at (x, y) and has y's structure and shapes (shapes only)."""
         name = type(self).__name__
-        check_like(jax.eval_shape(self.optimality, x, y), y, name, "the optimality F(x, y)", "y")
+        check_like(shapes_of(self.optimality, x, y), y, name, "the optimality F(x, y)", "y")
 
     def initial(self) -> PyTree:
         """A y to start from; not every inner problem knows one."""
@@ -267,7 +267,7 @@ class Minimization(_Structured):
         return jax.grad(self.objective_at, argnums=1)(x, y)
 
     def check(self, x, y):
-        value = jax.eval_shape(self._objective, x, y)
+        value = shapes_of(self._objective, x, y)
         if self.has_aux:
             if not (isinstance(value, tuple) and len(value) == 2):
                 raise ValueError("bilevel.Minimization: with has_aux=True `objective` must return (scalar, aux).")
@@ -336,7 +336,7 @@ class FixedPoint(_Structured):
         return jax.tree.map(lambda a, b: a - b, y, self._step(x, y))
 
     def check(self, x, y):
-        check_like(jax.eval_shape(self._step, x, y), y, "FixedPoint", "step(x, y)", "y")
+        check_like(shapes_of(self._step, x, y), y, "FixedPoint", "step(x, y)", "y")
 
 
 class AbstractBilevelProblem(eqx.Module):
@@ -379,7 +379,7 @@ class AbstractBilevelProblem(eqx.Module):
     def check(self, x: PyTree, y: PyTree) -> None:
         """Raises ValueError unless inner and outer functions fit (x, y). Looks at shapes only."""
         self.inner.check(x, y)
-        _check_scalar(jax.eval_shape(self.outer, x, y), type(self).__name__, "outer")
+        _check_scalar(shapes_of(self.outer, x, y), type(self).__name__, "outer")
 
 
 class BilevelProblem(AbstractBilevelProblem):
