@@ -22,6 +22,7 @@ from .preconditioners import FrozenHessian, Nystrom, ScaledIdentity, SecantInver
 from .problem import (
     AbstractBilevelProblem,
     AbstractInner,
+    AbstractMinimization,
     BilevelProblem,
     FixedPoint,
     Minimization,
@@ -33,6 +34,7 @@ from .solve import Solution, solve
 __all__ = [
     "AbstractBilevelProblem",
     "AbstractInner",
+    "AbstractMinimization",
     "BilevelProblem",
     "Composite",
     "ConjugateGradient",
@@ -47,8 +49,8 @@ __all__ = [
     "Jacobi",
     "JacobiScaling",
     "JacobianFreeAdjoint",
-    "LinearizedAdjoint",
     "Krylov",
+    "LinearizedAdjoint",
     "Minimization",
     "Multipliers",
     "Neumann",

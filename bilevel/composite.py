@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from ._functions import as_given, callable_node, check_scalar
 from ._support import SupportAware, inverse_curvature
 from ._trees import check_like, ravel, shapes_of
 from .errors import Status
-from .problem import AbstractInner, _callable, _check_scalar, as_given
+from .problem import AbstractInner
 
 __all__ = ["Composite"]
 
@@ -39,10 +40,10 @@ class Composite(AbstractInner):
     _prox: Any
 
     def __init__(self, smooth: Callable, prox: Callable):
-        self._smooth = _callable(smooth, "Composite", "smooth")
+        self._smooth = callable_node(smooth, "Composite", "smooth")
         if not callable(prox):
             raise TypeError(f"bilevel.Composite: `prox` must be a function (x, v, t) -> like y, found {prox!r}.")
-        self._prox = _callable(prox, "Composite", "prox")
+        self._prox = callable_node(prox, "Composite", "prox")
 
     @property
     def smooth(self) -> Callable:
@@ -130,7 +131,7 @@ class Composite(AbstractInner):
         return same_rows & (jnp.max(jnp.abs(one - two), initial=0) <= allowed * size)
 
     def check(self, x, y):
-        _check_scalar(shapes_of(self._smooth, x, y), "Composite", "smooth")
+        check_scalar(shapes_of(self._smooth, x, y), "Composite", "smooth")
         t = jnp.ones((), ravel(y)[0].dtype)
         check_like(shapes_of(self._prox, x, y, t), y, "Composite", "prox(x, v, t)", "y")
 

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from . import _projection as projection
+from ._functions import as_given, callable_node, check_scalar
 from ._support import SupportAware, inverse_curvature
 from ._trees import check_like, ravel, ravel_like, shapes_of
 from .errors import Status
-from .problem import AbstractInner, _callable, _check_scalar, as_given
+from .problem import AbstractInner
 
 __all__ = ["Constrained", "Multipliers"]
 
@@ -49,9 +50,9 @@ class Constrained(AbstractInner):
     _inequality: Any
 
     def __init__(self, objective: Callable, *, equality: Callable | None = None, inequality: Callable | None = None):
-        self._objective = _callable(objective, "Constrained", "objective")
-        self._equality = None if equality is None else _callable(equality, "Constrained", "equality")
-        self._inequality = None if inequality is None else _callable(inequality, "Constrained", "inequality")
+        self._objective = callable_node(objective, "Constrained", "objective")
+        self._equality = None if equality is None else callable_node(equality, "Constrained", "equality")
+        self._inequality = None if inequality is None else callable_node(inequality, "Constrained", "inequality")
 
     @property
     def objective(self) -> Callable:
@@ -164,7 +165,7 @@ class Constrained(AbstractInner):
         return Status.where(projection.dependent(rows, active), Status("singular"), status)
 
     def check(self, x, y):
-        _check_scalar(shapes_of(self._objective, x, y), "Constrained", "objective")
+        check_scalar(shapes_of(self._objective, x, y), "Constrained", "objective")
         for name, f in (("equality", self._equality), ("inequality", self._inequality)):
             shape = None if f is None else shapes_of(f, x, y)
             if shape is not None and not hasattr(shape, "shape"):

@@ -12,54 +12,24 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, PyTree, Scalar
 
+from ._functions import as_given, as_node, callable_node, check_scalar, same_function
 from ._trees import check_like, shapes_of
 from .errors import Status
 
-__all__ = ["AbstractBilevelProblem", "AbstractInner", "BilevelProblem", "FixedPoint", "Minimization", "Root"]
-
-
-class _Opaque(eqx.Module):
-    """A plain function: compared by identity, without leaves, so that mapping over a problem meets data only."""
-
-    function: Callable = eqx.field(static=True)
-
-    def __call__(self, *args, **kwargs):
-        return self.function(*args, **kwargs)
-
-
-def as_node(function: Any) -> Any:
-    """The function itself where it is a tree with leaves of its own, else an opaque node around it."""
-    if function is None or isinstance(function, _Opaque):
-        return function
-    return _Opaque(function) if jax.tree_util.all_leaves([function]) else function
-
-
-def as_given(node: Any) -> Any:
-    """What the user passed to `as_node`."""
-    return node.function if isinstance(node, _Opaque) else node
-
-
-def _callable(function: Any, owner: str, argument: str) -> Any:
-    if not callable(function):
-        raise TypeError(f"bilevel.{owner}: `{argument}` must be a function (x, y) -> …, found {function!r}.")
-    return as_node(function)
-
-
-def _check_scalar(shape: Any, owner: str, argument: str) -> None:
-    leaves = jax.tree.leaves(shape)
-    if len(leaves) != 1 or leaves[0].shape != ():
-        found = [leaf.shape for leaf in leaves]
-        raise ValueError(
-            f"bilevel.{owner}: `{argument}` must return one scalar (shape ()), found shape(s) {found}. "
-            "Sum or average it; return further results with has_aux=True where that is offered."
-        )
-    if not jnp.issubdtype(leaves[0].dtype, jnp.floating):
-        raise ValueError(f"bilevel.{owner}: `{argument}` must return a floating scalar, found {leaves[0].dtype}.")
+__all__ = [
+    "AbstractBilevelProblem",
+    "AbstractInner",
+    "AbstractMinimization",
+    "BilevelProblem",
+    "FixedPoint",
+    "Minimization",
+    "Root",
+    "as_given",
+    "as_node",
+]
 
 
 class AbstractInner(eqx.Module):
@@ -163,6 +133,33 @@ class AbstractInner(eqx.Module):
         raise ValueError(f"bilevel.{type(self).__name__}: this inner problem knows no starting point; pass y0.")
 
 
+class AbstractMinimization(AbstractInner):
+    """Interface: y*(x) minimizes `objective_at(x, y)`, strictly; F is its gradient in y."""
+
+    @abc.abstractmethod
+    def objective_at(self, x: PyTree, y: PyTree) -> Scalar:
+        """The objective, a floating scalar."""
+
+    def optimality(self, x: PyTree, y: PyTree) -> PyTree:
+        """The gradient of the objective in y."""
+        return jax.grad(self.objective_at, argnums=1)(x, y)
+
+    @property
+    def minimizes(self) -> bool:
+        return True
+
+    @property
+    def symmetric(self) -> bool:
+        return True
+
+    @property
+    def definite(self) -> bool:
+        return True
+
+    def check(self, x, y):
+        check_scalar(shapes_of(self.objective_at, x, y), type(self).__name__, "objective_at")
+
+
 def project_on_gauge(gauge: Any, v: PyTree) -> PyTree | None:
     """The part of v along the declared gauge (a projector, or a list of directions like y), or None."""
     if gauge is None:
@@ -215,7 +212,7 @@ class _Structured(AbstractInner):
         return project_on_gauge(self._gauge, v)
 
 
-class Minimization(_Structured):
+class Minimization(_Structured, AbstractMinimization):
     """y*(x) minimizes `objective(x, y)`, a floating scalar; F is its gradient in y.
 
     **Arguments:** `objective(x, y) -> scalar` (with `has_aux=True`: `(scalar, aux)`). A plain function, a
@@ -232,25 +229,13 @@ class Minimization(_Structured):
     has_aux: bool = eqx.field(static=True)
 
     def __init__(self, objective: Callable, *, operator=None, gauge=None, has_aux: bool = False):
-        self._objective = _callable(objective, "Minimization", "objective")
+        self._objective = callable_node(objective, "Minimization", "objective")
         self._operator, self._gauge = _structure(operator, gauge)
         self.has_aux = has_aux
 
     @property
     def objective(self) -> Callable:
         return as_given(self._objective)
-
-    @property
-    def minimizes(self) -> bool:
-        return True
-
-    @property
-    def symmetric(self) -> bool:
-        return True
-
-    @property
-    def definite(self) -> bool:
-        return True
 
     def objective_at(self, x, y):
         value = self._objective(x, y)
@@ -260,11 +245,7 @@ class Minimization(_Structured):
         return self._objective(x, y)[1] if self.has_aux else None
 
     def is_objective(self, function):
-        return not self.has_aux and _equal(self._objective, as_node(function))
-
-    def optimality(self, x, y):
-        """The gradient of the objective in y."""
-        return jax.grad(self.objective_at, argnums=1)(x, y)
+        return not self.has_aux and same_function(self._objective, as_node(function))
 
     def check(self, x, y):
         value = shapes_of(self._objective, x, y)
@@ -272,24 +253,7 @@ class Minimization(_Structured):
             if not (isinstance(value, tuple) and len(value) == 2):
                 raise ValueError("bilevel.Minimization: with has_aux=True `objective` must return (scalar, aux).")
             value = value[0]
-        _check_scalar(value, "Minimization", "objective")
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two nodes are one function with equal leaves; a traced leaf equals only itself."""
-    if jax.tree.structure(a) != jax.tree.structure(b):
-        return False
-
-    def same(p, q):
-        if p is q:
-            return True
-        if isinstance(p, jax.core.Tracer) or isinstance(q, jax.core.Tracer):
-            return False
-        if eqx.is_array_like(p) and eqx.is_array_like(q):
-            return np.shape(p) == np.shape(q) and bool(np.array_equal(np.asarray(p), np.asarray(q)))
-        return bool(p == q)
-
-    return all(map(same, jax.tree.leaves(a), jax.tree.leaves(b)))
+        check_scalar(value, "Minimization", "objective")
 
 
 class Root(_Structured):
@@ -301,7 +265,7 @@ class Root(_Structured):
     _residual: Any
 
     def __init__(self, residual: Callable, *, operator=None, gauge=None):
-        self._residual = _callable(residual, "Root", "residual")
+        self._residual = callable_node(residual, "Root", "residual")
         self._operator, self._gauge = _structure(operator, gauge)
 
     @property
@@ -321,7 +285,7 @@ class FixedPoint(_Structured):
     _step: Any
 
     def __init__(self, step: Callable, *, operator=None, gauge=None):
-        self._step = _callable(step, "FixedPoint", "step")
+        self._step = callable_node(step, "FixedPoint", "step")
         self._operator, self._gauge = _structure(operator, gauge)
 
     @property
@@ -379,7 +343,7 @@ class AbstractBilevelProblem(eqx.Module):
     def check(self, x: PyTree, y: PyTree) -> None:
         """Raises ValueError unless inner and outer functions fit (x, y). Looks at shapes only."""
         self.inner.check(x, y)
-        _check_scalar(shapes_of(self.outer, x, y), type(self).__name__, "outer")
+        check_scalar(shapes_of(self.outer, x, y), type(self).__name__, "outer")
 
 
 class BilevelProblem(AbstractBilevelProblem):
@@ -397,7 +361,7 @@ class BilevelProblem(AbstractBilevelProblem):
 
     def __init__(self, inner, outer: Callable):
         self.inner = inner if isinstance(inner, AbstractInner) else Minimization(inner)
-        node = _callable(outer, "BilevelProblem", "outer")
+        node = callable_node(outer, "BilevelProblem", "outer")
         self._outer = None if self.inner.is_objective(outer) else node
 
     @property
