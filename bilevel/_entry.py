@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.core
 import numpy as np
+from jax import lax
 from jaxtyping import PyTree
 
 from . import _trees as trees
@@ -94,7 +95,13 @@ def finish(function: str, result: PyTree, converged, status: Status, throw: bool
         return eqx.internal.branched_error_if(result, bad, worst, texts)
     if bool(np.all(np.asarray(converged))):
         return result
-    raise NotConverged(explain(function, result, status, inner, x, y0), result)
+    # differentiated outside jit, results are concrete and arguments are not: look through the derivative
+    still = lambda tree: jax.tree.map(lambda a: jax.numpy.asarray(lax.stop_gradient(a)) if eqx.is_array(a) else a, tree)
+    try:
+        text = explain(function, *still((result, status, inner, x, y0)))
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):  # a closure over a tracer
+        text = f"bilevel.{function}: {still(status).meaning}."
+    raise NotConverged(text, result)
 
 
 def explain(function: str, result: Any, status: Status, inner, x, y0) -> str:
@@ -103,7 +110,7 @@ def explain(function: str, result: Any, status: Status, inner, x, y0) -> str:
     own = None if trees.is_traced((inner, x, y0)) else inner.trouble_at(x, y0)
     if own is not None:
         return f"bilevel.{function}: {own}"
-    if status.word in ("non_finite", "singular", "not_a_minimum", "unbounded", "max_steps", "linear_solve"):
+    if status.word in ("non_finite", "singular", "not_a_minimum", "max_steps", "linear_solve"):
         culprit = find_non_finite(inner, x, y0)
         if culprit:
             return f"bilevel.{function}: {culprit}; nothing can be computed from it."

@@ -12,13 +12,11 @@ from jaxtyping import PyTree
 
 from . import linear
 from ._trees import ravel, ravel_like
-from .errors import Status
 from .krylov import conjugate_gradient
 from .linear import AbstractLinearSolver, Direct, LinearSolution
 
 __all__ = ["SupportAware"]
 
-_PROBES = 64  # steps of the search for negative curvature
 _POWER_STEPS = 8  # of the iteration for L; any t > 0 gives the same solution, so a rough one will do
 
 
@@ -84,9 +82,8 @@ class SupportAware(AbstractLinearSolver):
         state = Direct().prepare(system)
         # LU does not see the sign of the curvature on the support
         part = active(jnp.cos(jnp.arange(1, system.size + 1, dtype=system.dtype)))
-        probe = conjugate_gradient(lambda w: system.mv(active(w)), part, rtol=1e-8, max_steps=min(_PROBES, system.size))
-        saddle = (probe.status == Status("not_a_minimum")) & (state.status == Status("converged"))
-        return eqx.tree_at(lambda s: s.status, state, Status.where(saddle, probe.status, state.status))
+        said = linear.curvature_status(lambda w: system.mv(active(w)), part)
+        return eqx.tree_at(lambda s: s.status, state, state.status.then(said))
 
     def solve(self, state, system, b, *, transpose=False, rtol=None, guess=None, forcing=None):
         if state is not None:

@@ -81,6 +81,8 @@ def linear_system(inner, x: PyTree, y: PyTree, *, lower: bool = False) -> tuple[
         gauge = lambda v: ravel_like(inner.gauge_part(x, unravel(v)), flat.dtype)
         size, defect = _along(mv, gauge, flat)
         mv, rmv = _shifted(mv, gauge, size), _shifted(rmv, gauge, size)
+        if operator is not None:
+            operator = _operator_shifted(operator, inner, x, y, size)
     low = None
     if lower:
         low = lambda: linear_system(precision.lowered(inner), precision.lowered(x), precision.lowered(y))[1]
@@ -117,6 +119,16 @@ def _along(mv, gauge, flat) -> tuple[jax.Array, jax.Array]:
 def _shifted(mv, gauge, size):
     """mv + size * (projector on the gauge)."""
     return lambda v: mv(v) + size * gauge(v)
+
+
+def _operator_shifted(operator, inner, x, y, size) -> lx.AbstractLinearOperator:
+    """The declared operator, shifted in the same way."""
+    tags = ((lx.symmetric_tag,) if inner.symmetric else ()) + (
+        (lx.positive_semidefinite_tag,) if inner.definite else ()
+    )
+    add = lambda a, b: a + size.astype(a.dtype) * b.astype(a.dtype)
+    moved = lambda v: jax.tree.map(add, operator.mv(v), inner.gauge_part(x, v))
+    return lx.FunctionLinearOperator(moved, jax.eval_shape(lambda: y), tags=tags)
 
 
 def _check_operator(operator, size: int) -> None:

@@ -48,7 +48,7 @@ def float_tree(tree: PyTree, function: str, argument: str, *, empty: bool = Fals
 
 
 def check_like(tree: PyTree, reference: PyTree, function: str, argument: str, meaning: str) -> None:
-    """Raises ValueError unless `tree` has the structure and the shapes of `reference`."""
+    """Raises ValueError unless `tree` has the structure and the shapes of `reference`, and floating leaves."""
     got, want = jax.tree.structure(tree), jax.tree.structure(reference)
     if got != want:
         raise ValueError(
@@ -60,6 +60,11 @@ def check_like(tree: PyTree, reference: PyTree, function: str, argument: str, me
             raise ValueError(
                 f"bilevel.{function}: {argument}, leaf {path_name(path)}: expected the shape {jnp.shape(b)} of "
                 f"{meaning}, found {jnp.shape(a)}."
+            )
+        if not jnp.issubdtype(jnp.result_type(a), jnp.floating):
+            raise ValueError(
+                f"bilevel.{function}: {argument}, leaf {path_name(path)}: expected a floating dtype, found "
+                f"{jnp.result_type(a)}."
             )
 
 

@@ -73,8 +73,10 @@ class Composite(AbstractInner):
 
     def residual(self, x: PyTree, y: PyTree, t: jax.Array) -> PyTree:
         """F with a step length t > 0 of the caller's."""
-        moved = self._prox(x, self._forward(x, y, t), t)
-        return jax.tree.map(lambda a, b: a - b.astype(a.dtype), y, moved)
+        v = self._forward(x, y, t)
+        moved = self._prox(x, v, t)
+        # a prox may map NaN to a number: |v| > t is false of it
+        return jax.tree.map(lambda a, b, c: jnp.where(jnp.isfinite(c), a - b.astype(a.dtype), jnp.nan), y, moved, v)
 
     def _forward(self, x, y, t):
         """v = y - t grad smooth: where the prox is evaluated."""

@@ -55,7 +55,6 @@ _MEANINGS = {
     "not_a_minimum": (
         "the Hessian of the inner objective is indefinite: the point is a saddle or a maximum, not a minimum"
     ),
-    "unbounded": "the inner iterates run away: the inner objective is unbounded below, or its minimum is at infinity",
     "non_finite": "the inner problem gives NaN or infinite values: check the data, x, and y0",
     "gauge_dependent": (
         "the outer objective changes along the declared gauge, along which the inner solution is arbitrary: "

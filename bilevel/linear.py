@@ -118,6 +118,22 @@ def refine(apply, system: LinearSystem, b, *, transpose, rtol, guess, condition,
     return LinearSolution(v, r, status, condition, count)
 
 
+_PROBES = 64  # steps of the search for negative curvature
+
+
+def curvature_status(mv, start: jax.Array) -> Status:
+    """`not_a_minimum` where conjugate gradients from `start` meet negative curvature, which others do not see."""
+    found = conjugate_gradient(mv, start, rtol=1e-8, max_steps=min(_PROBES, start.size), verify=False)
+    return Status.where(found.status == Status("not_a_minimum"), found.status, Status())
+
+
+def _curvature_of(system: LinearSystem, mv=None) -> Status:
+    if not system.definite:
+        return Status()
+    start = jnp.cos(jnp.arange(1, system.size + 1, dtype=system.dtype))
+    return curvature_status(system.mv if mv is None else mv, start)
+
+
 class Direct(AbstractLinearSolver):
     """Dense factorization: Cholesky where dF/dy must be positive definite, else LU. Cost n products and n^3/3.
 
@@ -224,7 +240,7 @@ class Krylov(AbstractLinearSolver):
         return self.rtol is not None or self.max_steps is not None
 
     def prepare(self, system):
-        return None
+        return _curvature_of(system)
 
     def solve(self, state, system, b, *, transpose=False, rtol=None, guess=None, forcing=None):
         eps = float(jnp.finfo(b.dtype).eps)
@@ -249,6 +265,7 @@ class Krylov(AbstractLinearSolver):
         good = size <= jnp.maximum(10 * absolute, 100 * eps * b_norm)
         status = Status.where(good, Status("converged"), Status("linear_solve"))
         status = Status.where(jnp.isfinite(size), status, Status("singular"))
+        status = status if state is None else state.then(status)
         steps = jnp.asarray(out.stats["num_steps"])
         return LinearSolution(value, residual, status, jnp.ones((), b.dtype), steps + 1)
 
@@ -310,10 +327,13 @@ class Lineax(AbstractLinearSolver):
 
     def prepare(self, system):
         operator = self._operator(system)
-        return operator, self.solver.init(operator, {})
+        mv = system.mv
+        if system.operator is not None:  # its products are the cheap ones
+            mv = lambda v: ravel_like(operator.mv(system.unravel(v)), v.dtype)
+        return operator, self.solver.init(operator, {}), _curvature_of(system, mv)
 
     def solve(self, state, system, b, *, transpose=False, rtol=None, guess=None, forcing=None):
-        operator, prepared = state
+        operator, prepared, curvature = state
         if transpose:
             operator = operator.transpose()
             prepared, _ = self.solver.transpose(prepared, {})
@@ -327,7 +347,7 @@ class Lineax(AbstractLinearSolver):
 
         first = apply(system.off_gauge(b))
         finite = jnp.all(jnp.isfinite(first))
-        status = Status.where(finite, Status("converged"), Status("singular"))
+        status = curvature.then(Status.where(finite, Status("converged"), Status("singular")))
         first = jnp.where(finite, first, 0)
         one = jnp.ones((), b.dtype)
         if isinstance(self.solver, (lx.CG, lx.BiCGStab, lx.GMRES)):  # an iterative solver's tolerance is the user's

@@ -21,6 +21,7 @@ from .adjoint import AbstractAdjoint, ImplicitAdjoint
 from .efficiency import hessian_vector_product
 from .hypergradient import hypergradient
 from .problem import AbstractBilevelProblem
+from .prox import AbstractProx
 
 __all__ = ["Result", "State", "minimize"]
 
@@ -103,12 +104,12 @@ def minimize(
 
     **Arguments:** `problem`; `x0`, `y0`: trees of floating arrays. `method`: "l-bfgs-b" (SciPy's), "newton-cg"
     (truncated Newton in a trust region, with `hessian_vector_product`; no bounds) or an optax optimizer; with a prox
-    it is proximal gradient. `bounds`: (lower, upper), each like x or a number. `prox`: `prox(x, t)` of t times a
-    penalty, like x (default: the problem's own). `tol`: converged means that the largest entry of the projected
-    gradient is at most tol · max(1, the first one's). `max_steps`: outer steps. `rtol`: accuracy of each
-    hypergradient; None: what the outer step needs. `callback(state)`: called after each step. `progress`: a bar with
-    value, gradient norm, hypergradient error and time left. `checkpoint`: a file; the same call made again goes on
-    from there. `solver`, `adjoint`, `max_inner_steps`: as for `hypergradient`.
+    it is proximal gradient. `bounds`: (lower, upper), each like x or a number; not with a prox. `prox`: `prox(x, t)`
+    of t times a penalty, like x, or one of `bilevel.prox` (default: the problem's own). `tol`: converged means that
+    the largest entry of the projected gradient is at most tol · max(1, the first one's). `max_steps`: outer steps.
+    `rtol`: accuracy of each hypergradient; None: what the outer step needs. `callback(state)`: called after each
+    step. `progress`: a bar with value, gradient norm, hypergradient error and time left. `checkpoint`: a file; the
+    same call made again goes on from there. `solver`, `adjoint`, `max_inner_steps`: as for `hypergradient`.
 
     **Returns:** a `Result`; reaching `max_steps` or round-off gives `converged=False` and a message.
 
@@ -118,10 +119,18 @@ def minimize(
     x0, y0 = prepare_problem("minimize", problem, x0, y0, "y0")
     problem.before_minimizing(x0, y0)
     prox = problem.prox if prox is None else prox
+    if isinstance(prox, AbstractProx):  # one of `bilevel.prox`, which are made for an inner problem
+        ready = prox
+        prox = lambda x, t: ready(x, x, t)
     method = _check_method(method, prox)
     _check_numbers(tol, max_steps, rtol)
     adjoint = ImplicitAdjoint() if adjoint is None else adjoint
     lower, upper = _flat_bounds(bounds, x0)
+    if prox is not None and (np.isfinite(lower).any() or np.isfinite(upper).any()):
+        raise ValueError(
+            "bilevel.minimize: `bounds` and a prox do not go together: the prox of both is another function. Pass it "
+            "as `prox` (for an l1 penalty: soft thresholding, then clipping), without bounds."
+        )
     if method == "newton-cg" and (np.isfinite(lower).any() or np.isfinite(upper).any()):
         raise ValueError("bilevel.minimize: method 'newton-cg' takes no bounds; use 'l-bfgs-b'.")
     mark, path, recorded = "", None, []

@@ -21,6 +21,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -42,11 +43,17 @@ class AbstractProx(eqx.Module):
         """The minimizer in p of t r(x, p) + |p - v|_2^2 / 2."""
 
 
-def _weight(value: Any) -> Any:
-    """A weight as leaves: a function stays one, numbers become arrays."""
+def _weight(value: Any, owner: str, name: str, *, sign: str = "at least 0") -> Any:
+    """A weight as leaves: a function stays one, numbers become arrays and, where concrete, must have this sign."""
     if callable(value):
         return as_node(value)
-    return jax.tree.map(jnp.asarray, value)
+    value = jax.tree.map(jnp.asarray, value)
+    for leaf in jax.tree.leaves(value):
+        if sign and not isinstance(leaf, jax.core.Tracer) and leaf.size:
+            least = float(jnp.min(leaf))
+            if not (least > 0 if sign == "positive" else least >= 0):
+                raise ValueError(f"bilevel.prox.{owner}: {name} must be {sign}, found {least}.")
+    return value
 
 
 def _per_leaf(weight: Any, x: PyTree, v: PyTree, name: str) -> list[jax.Array]:
@@ -196,12 +203,13 @@ class _Ball(AbstractProx):
 
 def l1(weight: Any) -> AbstractProx:
     """r = sum_j w_j |y_j| (the lasso): soft thresholding at t w. `weight` >= 0."""
-    return _ElasticNet(_weight(weight), None)
+    return _ElasticNet(_weight(weight, "l1", "weight"), None)
 
 
 def elastic_net(l1_weight: Any, l2_weight: Any) -> AbstractProx:
     """r = sum_j w_j |y_j| + u_j y_j^2 / 2: soft thresholding at t w, divided by 1 + t u. Both weights >= 0."""
-    return _ElasticNet(_weight(l1_weight), _weight(l2_weight))
+    weights = (_weight(l1_weight, "elastic_net", "l1_weight"), _weight(l2_weight, "elastic_net", "l2_weight"))
+    return _ElasticNet(*weights)
 
 
 def group_lasso(weight: Any, groups: Any = None, *, axis: int = -1) -> AbstractProx:
@@ -214,11 +222,11 @@ def group_lasso(weight: Any, groups: Any = None, *, axis: int = -1) -> AbstractP
     **Raises:** ValueError if the labels are not non-negative integers, or do not fit y.
     """
     if groups is None:
-        return _GroupLasso(_weight(weight), None, 0, axis)
+        return _GroupLasso(_weight(weight, "group_lasso", "weight"), None, 0, axis)
     labels = np.asarray(groups)
     if not np.issubdtype(labels.dtype, np.integer) or labels.size == 0 or labels.min() < 0:
         raise ValueError("bilevel.prox.group_lasso: groups must be integer labels 0, 1, … of y's shape.")
-    return _GroupLasso(_weight(weight), jnp.asarray(labels), int(labels.max()) + 1, axis)
+    return _GroupLasso(_weight(weight, "group_lasso", "weight"), jnp.asarray(labels), int(labels.max()) + 1, axis)
 
 
 def non_negative() -> AbstractProx:
@@ -228,7 +236,13 @@ def non_negative() -> AbstractProx:
 
 def box(lower: Any, upper: Any) -> AbstractProx:
     """r is zero where lower <= y <= upper, infinite elsewhere: v clipped. Infinite bounds are allowed."""
-    return _Box(_weight(lower), _weight(upper))
+    bounds = _Box(_weight(lower, "box", "lower", sign=""), _weight(upper, "box", "upper", sign=""))
+    pair = [jax.tree.leaves(bound) for bound in (bounds.lower, bounds.upper)]
+    if len(pair[0]) == len(pair[1]) and not any(callable(b) for b in (lower, upper)):
+        for low, high in zip(*pair, strict=True):
+            if not any(isinstance(a, jax.core.Tracer) for a in (low, high)) and not bool(np.all(low <= high)):
+                raise ValueError(f"bilevel.prox.box: lower must not be above upper, found {low} and {high}.")
+    return bounds
 
 
 def simplex(scale: Any = 1.0) -> AbstractProx:
@@ -236,9 +250,9 @@ def simplex(scale: Any = 1.0) -> AbstractProx:
 
     Projection by sorting (Held, Wolfe, Crowder 1974; Duchi et al. 2008), derivative: u minus its mean on the support.
     """
-    return _Simplex(_weight(scale))
+    return _Simplex(_weight(scale, "simplex", "scale", sign="positive"))
 
 
 def l2_ball(radius: Any = 1.0) -> AbstractProx:
     """r is zero where |y|_2 <= `radius` > 0 (over all leaves), infinite elsewhere: v rescaled."""
-    return _Ball(_weight(radius))
+    return _Ball(_weight(radius, "l2_ball", "radius", sign="positive"))

@@ -15,7 +15,7 @@ from .. import _trees as trees
 from ..correct import AbstractCorrection
 from ..errors import Status
 
-UNUSABLE = ("singular", "not_a_minimum", "non_finite", "unbounded", "gauge_dependent", "not_a_gauge",
+UNUSABLE = ("singular", "not_a_minimum", "non_finite", "gauge_dependent", "not_a_gauge",
             "degenerate_active_set")  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
     status = status.then(inner.status_at(x, unravel(flat))).then(system.gauge_status)
     if system.gauge is not None:
         along, size = jnp.linalg.norm(system.gauge(g_y)), jnp.linalg.norm(g_y)
-        slides = along > jnp.sqrt(eps) * size
+        slides = (along > jnp.sqrt(eps) * size) | _changes_along(system, outer, x, flat, value)
         status = status.then(Status.where(slides, Status("gauge_dependent"), Status()))
     g_y = _without_noise(problem, x, flat, unravel, value, system.off_gauge(g_y))
 
@@ -118,13 +118,22 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
     )
 
 
+def _changes_along(system, outer, x, flat, value):
+    """Whether G is another at a point moved along the gauge: its slope may vanish there at this y by accident."""
+    ways = system.gauge(jnp.cos(jnp.arange(1, flat.size + 1, dtype=flat.dtype)))
+    length = jnp.linalg.norm(ways)
+    ways = ways * jnp.where(length > 0, jnp.maximum(1, jnp.linalg.norm(flat)) / length, 0)
+    there = outer(x, flat + ways)
+    return jnp.abs(there - value) > jnp.sqrt(jnp.finfo(flat.dtype).eps) * (jnp.abs(there) + jnp.abs(value))
+
+
 def _without_noise(problem, x, flat, unravel, value, g_y):
     """G_y, exactly zero where it is round-off of G_yy y: where G has its minimum at y* the adjoint solve is none."""
 
     def negligible():
         slope = jax.grad(lambda p: problem.outer(x, unravel(p)).astype(flat.dtype))
-        scale = jnp.linalg.norm(jax.jvp(slope, (flat,), (flat,))[1])
-        return jnp.linalg.norm(g_y) <= 50 * jnp.finfo(flat.dtype).eps * scale
+        scale = jnp.abs(jax.jvp(slope, (flat,), (flat,))[1])  # entry by entry: each is noise of its own terms
+        return jnp.all(jnp.abs(g_y) <= 50 * jnp.finfo(flat.dtype).eps * scale)
 
     flat_here = jnp.linalg.norm(g_y) * jnp.linalg.norm(flat) <= 1e-6 * jnp.abs(value)  # seldom: ask what is noise
     return jnp.where(lax.cond(flat_here, negligible, lambda: jnp.asarray(False)), 0, g_y)

@@ -80,7 +80,7 @@ def _agree_at_the_solution(session: Session, gradient: np.ndarray) -> None:
         )
 
 
-_REFUSED = ("correction_rejected", "singular", "not_a_minimum", "non_finite", "unbounded")
+_REFUSED = ("correction_rejected", "singular", "not_a_minimum", "non_finite")
 
 
 def efficiency_order(problem: Any, x: Any, y0: Any, adjoint: Any = None) -> float:
