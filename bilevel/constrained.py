@@ -79,7 +79,7 @@ class Constrained(AbstractInner):
     def default_solver(self):
         from .solvers.fista import Fista  # solvers import problems, not the other way round
 
-        return Fista()
+        return Fista(monotone=True)
 
     # ------------------------------------------------------------------------------------------------ the step
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.optimize import brentq
 
 import bilevel
 from bilevel import BilevelProblem
@@ -114,6 +115,19 @@ def test_a_quadratic_program_and_its_multipliers():
     assert not weak.converged
     with pytest.raises(bilevel.NotConverged, match="active with a multiplier of zero"):
         bilevel.hypergradient(program(limits), jnp.asarray(x), jnp.zeros(N))
+
+
+def test_a_ball_as_the_constraint():
+    """min y'Hy/2 + SLOPE'y on |y|^2 <= x: (H + 2 u) y = -SLOPE, |y|^2 = x. Momentum leaves the ball."""
+    x = 0.5
+    inner = Constrained(lambda x, y: 0.5 * y @ H @ y + SLOPE @ y, inequality=lambda x, y: jnp.sum(y**2)[None] - x)
+    found = bilevel.hypergradient(BilevelProblem(inner, outer), jnp.asarray(x), jnp.full(N, 0.1))
+    values, turn = np.linalg.eigh(H)
+    length = lambda u: np.sum((turn.T @ SLOPE / (values + 2 * u)) ** 2)
+    h = lambda x: outer(
+        x, -turn @ (turn.T @ SLOPE / (values + 2 * brentq(lambda u: length(u) - x, 0, 1e3, xtol=1e-14)))
+    )
+    np.testing.assert_allclose(found.gradient, (h(x + 1e-5) - h(x - 1e-5)) / 2e-5, rtol=1e-7)
 
 
 def test_curved_constraints():
