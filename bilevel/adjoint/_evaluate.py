@@ -21,7 +21,7 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
     """Omega at this very point, and the estimate of its error to first order in the step still to go.
 
     Two sweeps of approximate adjoint solves, and in between the residual with the products of this point: v = v_0 +
-    A^-T rho_0, and the error vector g_x - F_x' A^-T g_y, to which what remains of rho is added in norm.
+    A^-T rho_0, and the error vector g_x - F_x' A^-T (g_y - rho) with what remains of rho.
     `at`: `(F, system)` of this point, where the caller has them. `named`: `(solver, state)` of a linear solver whose
     limits are the user's: it alone gives v, as it is; `solver` serves the estimate. `rough`: accuracy of the solves
     that only the estimate needs.
@@ -63,29 +63,25 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
             quality = jnp.maximum(_ratio(rest, asked), off)
         tangent = turned(v, step)
         second = approximate(rest, rtol=sweep, transpose=True)
-        turn = approximate(system.off_gauge(tangent[1]), rtol=rough, transpose=True)
         adjoint = refine(
             lambda r: approximate(r, rtol=sweep, transpose=True).value, system, g_y,
             transpose=True, rtol=rtol, guess=v + second.value, condition=second.condition, status=first.status,
         )  # fmt: skip
-        extra = second.value
+        back = system.off_gauge(tangent[1] - adjoint.residual)
+        turn = approximate(back, rtol=rough, transpose=True)
     else:
         adjoint = named[0].solve(named[1], system, g_y, transpose=True, rtol=rtol, guess=guess)
         step = solver.approximate(state, system, system.off_gauge(residual), rtol=rough)
         first = second = forward = step
         step, quality, rest = system.off_gauge(step.value), jnp.zeros((), flat.dtype), adjoint.residual
         tangent = turned(system.off_gauge(adjoint.value), step)
-        back = system.off_gauge(tangent[1] - adjoint.residual)  # here the residual enters the error vector exactly
+        back = system.off_gauge(tangent[1] - adjoint.residual)
         turn = solver.approximate(state, system, back, rtol=rough, transpose=True)
-        extra = jnp.zeros_like(flat)
     v = system.off_gauge(adjoint.value)
     coupling = pull_x(v)[0]
     gradient = trees.subtract(g_x, coupling)
 
     vector = trees.subtract(tangent[0], pull_x(system.off_gauge(turn.value))[0])
-    # J'rho of the adjoint's last residual, from its effect in the second sweep and by how much it shrank since
-    shrunk = _ratio(adjoint.residual, rest)
-    left = trees.norm(pull_x(system.off_gauge(extra))[0]).astype(flat.dtype) * shrunk
     condition = jnp.maximum(adjoint.condition, forward.condition)
     scale = trees.norm(g_x) + trees.norm(coupling)
     floor = (
@@ -98,7 +94,7 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
         flat=flat,
         value=value,
         gradient=gradient,
-        error=(trees.norm(vector) + floor).astype(flat.dtype) + left,
+        error=(trees.norm(vector) + floor).astype(flat.dtype),
         vector=vector,
         floor=floor.astype(flat.dtype),
         inner_residual=jnp.linalg.norm(residual),
