@@ -21,7 +21,8 @@ class Denoiser(bilevel.AbstractInner):
 
         1/2 |u - b|^2 + sum_k exp(w_k) sum over pixels of sqrt(delta^2 + (f_k * u)^2),
 
-    f_k * u the correlation with filter k where it fits into the image. Strictly convex, Hessian >= I.
+    f_k * u the correlation with filter k, as large as the image, which is reflected at its edges: without that the
+    outermost pixels would be in fewer answers than the others and keep their noise. Strictly convex, Hessian >= I.
     """
 
     noisy: Float[Array, "b h w"]
@@ -31,7 +32,10 @@ class Denoiser(bilevel.AbstractInner):
     def objective(self, x: Float[Array, "k c"], y: Float[Array, "b h w"]) -> Float[Array, ""]:
         """The objective, summed over images."""
         filters = jnp.einsum("km,stm->kst", x[:, 1:], self.basis)[:, None]
-        answers = lax.conv_general_dilated(y[:, None], filters, (1, 1), "VALID")
+        size = self.basis.shape[0]
+        sides = ((size - 1) // 2, size // 2)
+        around = jnp.pad(y, ((0, 0), sides, sides), mode="symmetric")
+        answers = lax.conv_general_dilated(around[:, None], filters, (1, 1), "VALID")
         roughness = jnp.sum(jnp.sqrt(self.delta**2 + jnp.square(answers)), axis=(0, 2, 3))
         return 0.5 * jnp.sum(jnp.square(y - self.noisy)) + jnp.vdot(jnp.exp(x[:, 0]), roughness)
 
@@ -75,11 +79,12 @@ class DenoisingTuning(bilevel.AbstractBilevelProblem):
 
     Inner: images y that minimize, given noisy images b,
 
-        1/2 |y - b|^2 + sum_k exp(w_k) sum over pixels of sqrt(delta^2 + (f_k * y)^2).
+        1/2 |y - b|^2 + sum_k exp(w_k) sum over pixels of sqrt(delta^2 + (f_k * y)^2),
 
-    Outer: half the mean squared error to the clean images, over all pixels. Row k of x, shape (filters, size^2), holds
-    w_k and the coefficients of f_k in the basis of discrete cosines of size x size without the constant one, so that
-    filters ignore the brightness. With the defaults these are 24 filters of 5 x 5, 600 hyperparameters.
+    the image reflected at its edges. Outer: half the mean squared error to the clean images, over all pixels. Row k of
+    x, shape (filters, size^2), holds w_k and the coefficients of f_k in the basis of discrete cosines of size x size
+    without the constant one, so that filters ignore the brightness. With the defaults these are 24 filters of 5 x 5,
+    600 hyperparameters.
 
     **Arguments:** `noisy`, `clean`: shape (images, height, width), or (height, width) for one. `filters`: their
     number, at most size^2 - 1 of them start different (as the cosines themselves); `size`: of each, at least 2;

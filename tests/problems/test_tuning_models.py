@@ -4,6 +4,7 @@ import re
 import warnings
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -177,6 +178,14 @@ def test_models_are_scikit_learns_and_the_gradient_is_that_of_its_fits(name):
         step[i] = h
         gradient[i] = (reference(x + step)[1] - reference(x - step)[1]) / (2 * h)
     np.testing.assert_allclose(found.gradient, gradient, rtol=2e-3 if precision > 1e-5 else 2e-5, atol=1e-7)
+    if problem.inner.operator_at(x, found.y) is not None:  # the blocks of the folds are the Hessian
+
+        @jax.jit
+        def products(inner, x, y, v):
+            return inner.operator_at(x, y).mv(v), jax.jvp(lambda y: inner.optimality(x, y), (y,), (v,))[1]
+
+        v = jnp.asarray(RNG.normal(size=found.y.shape))
+        np.testing.assert_allclose(*products(problem.inner, jnp.asarray(x), found.y, v), rtol=1e-9, atol=1e-12)
 
 
 def test_per_class_and_group_penalties_are_sums_of_the_shared_ones_derivative():
@@ -204,8 +213,6 @@ def brute_force(make, x):
 
 def system(problem, x):
     """Matrix and right-hand side of a linear inner problem, from its objective."""
-    import jax
-
     start = problem.initial()[1]
     gradient = jax.grad(lambda v: problem.inner.objective(x, v.reshape(start.shape)))
     zero = jnp.zeros(start.size)
@@ -304,8 +311,8 @@ def test_denoising_against_its_formula_and_total_variation():
     np.testing.assert_allclose(np.asarray(problem.basis).sum((0, 1)), 0, atol=1e-12)
     value = np.sum((clean - noisy) ** 2) / 2
     for w, f in zip(np.asarray(x[:, 0]), filters, strict=True):
-        for image in clean:
-            answers = [[np.sum(f * image[i : i + 3, j : j + 3]) for j in range(4)] for i in range(5)]
+        for image in np.pad(clean, ((0, 0), (1, 1), (1, 1)), mode="symmetric"):
+            answers = [[np.sum(f * image[i : i + 3, j : j + 3]) for j in range(6)] for i in range(7)]
             value += np.exp(w) * np.sum(np.sqrt(0.1**2 + np.square(answers)))
     np.testing.assert_allclose(problem.inner.objective(x, problem.clean), value, rtol=1e-12)
     assert tuning.DenoisingTuning(noisy, clean).initial()[0].size == 600
@@ -313,8 +320,10 @@ def test_denoising_against_its_formula_and_total_variation():
     np.testing.assert_allclose(problem.denoise(x, noisy[0]), found.y[0], atol=1e-4)
 
 
-def test_data_cleaning_finds_wrong_labels():
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
+def test_data_cleaning_finds_wrong_labels(seed):
+    """The class means are four standard deviations apart."""
+    rng = np.random.default_rng(seed)
     centers = 4.0 * np.array([[0, 0], [1, 0], [0, 1]])
     labels = rng.integers(0, 3, 800)
     rows = centers[labels] + rng.normal(size=(800, 2))
