@@ -136,6 +136,18 @@ class CrossValidation(AbstractCriterion):
 
         return jnp.mean(self._each(one)(self.X, self.targets, y, self.judge))
 
+    def hessians(self, losses: RowLosses, penalty: Callable[[Array], Array], y: Array) -> Float[Array, "k s s"]:
+        """The Hessian of each fold's training loss in its weights, of which there are s."""
+
+        def one(X, targets, w, weight):
+            def objective(flat):
+                w = flat.reshape(self.start.shape)
+                return jnp.vdot(weight, losses(X, w, targets)) + penalty(w)
+
+            return jax.hessian(objective)(w.reshape(-1))
+
+        return self._each(one)(self.X, self.targets, y, self.train)
+
     def _each(self, one: Callable) -> Callable:
         axes = (0 if self.X.ndim == 3 else None, 0 if self.targets.ndim == 2 else None, 0, 0)
         return jax.vmap(one, in_axes=axes)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 from jax import lax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from bilevel.errors import Status
 from bilevel.linear import AbstractLinearSolver, Direct
@@ -31,24 +34,69 @@ class Blocks(eqx.Module):
         return jax.tree.map(jnp.max, self.parts.status)  # the worst: codes are ordered
 
 
+class FoldHessian(lx.AbstractLinearOperator):
+    """The Hessian of K folds at (x, y), y of shape (K, …), by its diagonal blocks: `training.hessians(x, y)`, of shape
+    (K, p, p), which are computed only where they are asked for."""
+
+    training: Any
+    x: Any
+    y: Any
+
+    def blocks(self) -> Float[Array, "k p p"]:
+        """The blocks."""
+        return self.training.hessians(self.x, self.y)
+
+    def mv(self, vector):
+        blocks = self.blocks()
+        return jnp.einsum("kij,kj->ki", blocks, vector.reshape(len(blocks), -1)).reshape(vector.shape)
+
+    def as_matrix(self):
+        return jax.scipy.linalg.block_diag(*self.blocks())
+
+    def transpose(self):
+        return self
+
+    def in_structure(self):
+        return jax.ShapeDtypeStruct(self.y.shape, self.y.dtype)
+
+    def out_structure(self):
+        return self.in_structure()
+
+
+for _ask, _answer in (
+    (lx.is_symmetric, True), (lx.is_positive_semidefinite, True), (lx.is_negative_semidefinite, False),
+    (lx.is_diagonal, False), (lx.is_tridiagonal, False), (lx.is_lower_triangular, False),
+    (lx.is_upper_triangular, False), (lx.has_unit_diagonal, False),
+):  # fmt: skip
+    _ask.register(FoldHessian)(lambda operator, answer=_answer: answer)
+lx.linearise.register(FoldHessian)(lambda operator: operator)
+lx.materialise.register(FoldHessian)(lambda operator: lx.MatrixLinearOperator(operator.as_matrix()))
+lx.conj.register(FoldHessian)(lambda operator: operator)
+lx.diagonal.register(FoldHessian)(lambda operator: jnp.diagonal(operator.blocks(), axis1=1, axis2=2).reshape(-1))
+
+
 class Foldwise(AbstractLinearSolver):
     """`bilevel.Direct` on the `folds` equal diagonal blocks of dF/dy. What is outside them is taken to be zero.
 
-    With p unknowns a fold it takes p products instead of K p, and K factorizations of size p instead of one of K p.
+    The blocks are those of a declared `FoldHessian`, or come from p products with unknowns of all folds at once, p the
+    number of unknowns in a fold; then there are K factorizations of size p instead of one of K p.
     """
 
     folds: int = eqx.field(static=True)
 
     def prepare(self, system):
         size = system.size // self.folds
-        # the j-th unit vector of every fold at once: one product is the j-th column of every block
-        units = jnp.tile(jnp.eye(size, dtype=system.dtype), (1, self.folds))
-        columns = jax.vmap(system.mv)(units).reshape(size, self.folds, size)
+        if isinstance(system.operator, FoldHessian):
+            blocks = system.operator.blocks()
+        else:  # the j-th unit vector of every fold at once: one product is the j-th column of every block
+            units = jnp.tile(jnp.eye(size, dtype=system.dtype), (1, self.folds))
+            columns = jax.vmap(system.mv)(units).reshape(size, self.folds, size)
+            blocks = jnp.transpose(columns, (1, 2, 0))
 
         def factorize(block):
             return Direct().prepare(system._replace(mv=lambda v: block @ v, rmv=lambda v: v @ block, size=size))
 
-        return Blocks(lax.map(factorize, jnp.transpose(columns, (1, 2, 0))))
+        return Blocks(lax.map(factorize, blocks))
 
     def cost(self, system):
         return system.size // self.folds

@@ -17,7 +17,7 @@ from bilevel.solvers import ClosedForm
 from . import _data
 from ._criteria import shares
 from ._folds import folds
-from ._foldwise import Foldwise
+from ._foldwise import FoldHessian, Foldwise
 
 
 def gaussian(log_lengths: Float[Array, " d"], P: Float[Array, "m d"], Q: Float[Array, "n d"]) -> Float[Array, "m n"]:
@@ -146,6 +146,13 @@ class Coefficients(bilevel.AbstractInner):
     def definite(self):
         return True
 
+    def operator_at(self, x, y):
+        return None if self.linear_solver is None else FoldHessian(self, x, y)
+
+    def hessians(self, x: Array, y: Array) -> Float[Array, "k n n"]:
+        """The matrix of each fold's system."""
+        return fold_matrices(self.kernel(x, self.rows.X, self.rows.X), self.scaled(x)[2], self.rows.train)
+
     @property
     def linear_solver(self):
         few = len(self.rows.targets) <= DENSE_LIMIT
@@ -155,6 +162,13 @@ class Coefficients(bilevel.AbstractInner):
     def default_solver(self):
         # linear in y: wherever one starts, the correction ends at the solution
         return ClosedForm(_stay) if len(self.rows.targets) <= DENSE_LIMIT else None
+
+
+def fold_matrices(kernel: Float[Array, "*k n n"], alpha: Array, train: Float[Array, "k n"]) -> Float[Array, "k n n"]:
+    """K + alpha / r between rows that a fold trains on (r times), the identity between the others."""
+    here = train > 0
+    diagonal = jnp.where(here, alpha / jnp.where(here, train, 1), 1)
+    return jnp.where(here[:, :, None] & here[:, None, :], kernel, 0) + jax.vmap(jnp.diag)(diagonal)
 
 
 def _stay(x: Array, y0: Array) -> Array:

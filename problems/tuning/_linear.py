@@ -14,8 +14,8 @@ import bilevel
 from bilevel.linear import DENSE_LIMIT
 from bilevel.solvers.newton import DampedNewton
 
-from ._criteria import AbstractCriterion, RowLosses
-from ._foldwise import Foldwise
+from ._criteria import AbstractCriterion, CrossValidation, RowLosses
+from ._foldwise import FoldHessian, Foldwise
 from ._penalties import AbstractPenalties
 
 
@@ -63,15 +63,27 @@ class Training(bilevel.AbstractInner):
         return True
 
     @property
+    def _foldwise(self) -> bool:
+        return isinstance(self.criterion, CrossValidation) and self.criterion.start.size <= DENSE_LIMIT
+
+    def operator_at(self, x, y):
+        return FoldHessian(self, x, y) if self._foldwise else None
+
+    def hessians(self, x: Array, y: Array) -> Float[Array, "k s s"]:
+        """The Hessian of each fold in its weights. One fold after another it is a few products of matrices; as columns
+        of all folds at once, which is what products with dF/dy give, it takes several times as long."""
+        criterion = self.criterion
+        assert isinstance(criterion, CrossValidation)
+        return criterion.hessians(at(x, self.losses), lambda w: self.penalties.ridge(x, w), y)
+
+    @property
     def linear_solver(self):
-        folds = self.criterion.folds
-        small = self.criterion.start.size <= DENSE_LIMIT
-        return Foldwise(folds) if folds is not None and small else None
+        return Foldwise(self.criterion.folds) if self._foldwise and self.criterion.folds else None
 
     @property
     def default_solver(self):
         # the linear solver at hand makes its steps cheap, and it compiles faster than L-BFGS
-        return None if self.linear_solver is None else DampedNewton()
+        return DampedNewton() if self._foldwise else None
 
 
 class AbstractLinearTuning(bilevel.AbstractBilevelProblem):
