@@ -12,6 +12,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 import bilevel
@@ -24,17 +25,50 @@ from ._sparse import SparseTraining
 from .lasso import First, Second
 
 
+class Mixing(eqx.Module):
+    """x with its own entries replaced by their mean, or as it is: `shared` is one or zero, so that both are one
+    program; `own` is 1 / (number of own entries) where x holds one, else 0."""
+
+    shared: Float[Array, ""]
+    own: Float[Array, " q"]
+
+    def __call__(self, x: Float[Array, " q"]) -> Float[Array, " q"]:
+        return jnp.where(self.own > 0, x + self.shared * (jnp.sum(self.own * x) - x), x)
+
+
+class Spread(eqx.Module):
+    """Log-penalties u, shape (q,), over weights, shape (p,); weight j has that of `groups[j]`. `extra` weights follow,
+    with the mean of all.
+
+    One for all and one for each take no product with a matrix of zeros and ones, which would be compiled many times.
+    """
+
+    matrix: Float[Array, "p q"] | None
+    count: int = eqx.field(static=True)
+    extra: int = eqx.field(static=True)
+
+    def __init__(self, groups: np.ndarray, extra: int):
+        count = int(groups.max()) + 1
+        plain = count == 1 or np.array_equal(groups, np.arange(count))
+        self.matrix = None if plain else jnp.asarray(np.eye(count)[groups], float)
+        self.count, self.extra = len(groups), extra
+
+    def __call__(self, u: Float[Array, " q"]) -> Float[Array, " p"]:
+        spread = jnp.broadcast_to(u, (self.count,)) if self.matrix is None else self.matrix @ u
+        return jnp.append(spread, jnp.broadcast_to(jnp.mean(u), (self.extra,)))
+
+
 class Quadratic(AbstractPenalties):
-    """1/2 sum_j exp(mix x + offset)_g(j) unit_j w_j^2; unit_j is zero for an intercept that is not penalized."""
+    """1/2 sum_j exp(mixing(x) + offset)_g(j) unit_j w_j^2; unit_j is zero for an intercept that is not penalized."""
 
     shape: tuple[int, ...] = eqx.field(static=True)
-    mix: Float[Array, "q q"]
+    mixing: Mixing
     offset: Float[Array, " q"]
-    spread: Float[Array, "p q"]  # row j picks the penalty of weight j
+    spread: Spread
     unit: Float[Array, " p"]
 
     def ridge(self, x, w):
-        weights = jnp.exp(self.spread @ (self.mix @ x + self.offset)) * self.unit
+        weights = jnp.exp(self.spread(self.mixing(x) + self.offset)) * self.unit
         penalty = 0.5 * jnp.sum(weights * jnp.square(w))
         if w.ndim == 2:  # intercepts of all classes may move together: zero is as good a sum as any
             penalty = penalty + jnp.where(self.unit[-1] == 0, 0.5, 0) * jnp.square(jnp.sum(w[:, -1]))
@@ -44,13 +78,13 @@ class Quadratic(AbstractPenalties):
 class Absolute(eqx.Module):
     """x -> the weights of |w_j| (from all entries of x) and zero."""
 
-    mix: Float[Array, "q q"]
+    mixing: Mixing
     offset: Float[Array, " q"]
-    spread: Float[Array, "p q"]
+    spread: Spread
     unit: Float[Array, " p"]
 
     def __call__(self, x: Array) -> tuple[Array, Array]:
-        return jnp.exp(self.spread @ (self.mix @ x + self.offset)) * self.unit, jnp.zeros((), x.dtype)
+        return jnp.exp(self.spread(self.mixing(x) + self.offset)) * self.unit, jnp.zeros((), x.dtype)
 
 
 class Both(eqx.Module):
@@ -69,13 +103,12 @@ class SearchProblem(bilevel.AbstractBilevelProblem):
 
     inner: bilevel.AbstractInner
     judge: Any  # (x, y) -> scalar
-    mix: Float[Array, "q q"]
-    own: Float[Array, " q"]  # 1 / (number of own penalties) where x holds one, else 0
+    mixing: Mixing
     center: Float[Array, " q"]
     strength: Float[Array, ""]
 
     def outer(self, x, y):
-        pull = jnp.vdot(self.own, jnp.square(self.mix @ x - self.center))
+        pull = jnp.sum(self.mixing.own * jnp.square(self.mixing(x) - self.center))
         return self.judge(x, y) + 0.5 * self.strength * pull
 
 

@@ -13,7 +13,9 @@ import bilevel
 from bilevel.solvers import ClosedForm
 from bilevel.solvers.newton import DampedNewton
 
-from ._foldwise import Foldwise
+from ._foldwise import FoldHessian, Foldwise
+from ._kernels import fold_matrices
+from ._search_families import Mixing
 
 WIDTH = 0.5
 """The hinge is a parabola at margins from 1 - WIDTH to 1 + WIDTH, so that its solution can be differentiated."""
@@ -24,7 +26,7 @@ class Kernel(eqx.Module):
     instead of features where the kernel has nothing to tune."""
 
     X: Float[Array, "k n d"]
-    mix: Float[Array, "q q"]
+    mixing: Mixing
     offset: Float[Array, " q"]
     spread: Float[Array, "d q"]
     fixed: Float[Array, "k n n"] | None
@@ -32,7 +34,7 @@ class Kernel(eqx.Module):
     def __call__(self, x: Array) -> Float[Array, "k n n"]:
         if self.fixed is not None:
             return self.fixed
-        roots = jnp.exp(0.5 * (self.spread @ (self.mix @ x + self.offset)))
+        roots = jnp.exp(0.5 * (self.spread @ (self.mixing(x) + self.offset)))
 
         def one(X):
             Z = X * roots
@@ -59,6 +61,13 @@ class KernelRidgeTraining(bilevel.AbstractInner):
         fitted = jnp.einsum("knm,km->kn", self.kernel(x), a)
         residual = fitted + alpha * y / jnp.where(here, self.train, 1) - self.targets
         return jnp.where(here, residual, y)
+
+    def operator_at(self, x, y):
+        return FoldHessian(self, x, y)
+
+    def hessians(self, x: Array, y: Array) -> Float[Array, "k n n"]:
+        """The matrix of each fold's system."""
+        return fold_matrices(self.kernel(x), self.kernel.penalty(x), self.train)
 
     @property
     def symmetric(self):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -75,8 +78,10 @@ class Search:
             {"step": s.step, "value": s.value, "gradient_norm": float(np.linalg.norm(s.gradient)), "error": s.error}
             for s in found.history
         ]
-        mixed = np.asarray(problem.mix @ found.x)
-        return Point(np.clip(mixed, self.setup.lower, self.setup.upper), found.y, found.value, history)
+        x = np.asarray(found.x)
+        if float(problem.mixing.shared) > 0:
+            x = np.where(self.setup.own, np.mean(x[self.setup.own]) if self.setup.own.any() else 0.0, x)
+        return Point(np.clip(x, self.setup.lower, self.setup.upper), found.y, found.value, history)
 
     def _minimize(self, problem: Any, x: np.ndarray, y: Any, steps: int) -> bilevel.Result:
         bounds = (jnp.asarray(self.setup.lower), jnp.asarray(self.setup.upper))
@@ -88,20 +93,29 @@ class Search:
 
 def choose_strength(nested: Any, near: np.ndarray, random_state: Any) -> tuple[float, dict[float, list[float]]]:
     """The largest strength whose mean test loss over the nested splits is within one standard error of the best's, the
-    error being that of the paired differences; infinity is one of them."""
-    losses: dict[float, list[float]] = {np.inf: []} | {s: [] for s in STRENGTHS}
-    for train, test in nested.splits(random_state):
-        search = nested.inner(train)
-        if search is None:
-            continue
-        shared = search.shared(near)
-        losses[np.inf].append(nested.loss(search, shared.x, train, test))
-        point = shared
-        for strength in STRENGTHS:
-            problem = search.setup.problem(False, shared.x, strength * abs(shared.value))
-            point = search._descend(problem, point.x, point.y)
-            losses[strength].append(nested.loss(search, point.x, train, test))
-    if len(losses[np.inf]) < 2:
+    error being that of the paired differences; infinity is one of them. Splits are searched side by side, in threads:
+    all run the same compiled program, and most of the time is spent in it. Not so where it calls the host back."""
+
+    def one(split: tuple[np.ndarray, np.ndarray]) -> list[float] | None:
+        train, test = split
+        with jax.enable_x64(True):  # a setting of the thread
+            search = nested.inner(train)
+            if search is None:
+                return None
+            shared = search.shared(near)
+            found, point = [nested.loss(search, shared.x, train, test)], shared
+            for strength in STRENGTHS:
+                problem = search.setup.problem(False, shared.x, strength * abs(shared.value))
+                point = search._descend(problem, point.x, point.y)
+                found.append(nested.loss(search, point.x, train, test))
+            return found
+
+    splits = nested.splits(random_state)
+    threads = min(len(splits), os.cpu_count() or 1) if nested.on_device else 1
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        rows = [row for row in pool.map(one, splits) if row is not None]
+    losses = {strength: [row[k] for row in rows] for k, strength in enumerate((np.inf, *STRENGTHS))}
+    if len(rows) < 2:
         return np.inf, losses
     table = {s: np.array(v) for s, v in losses.items()}
     best = min(table, key=lambda s: table[s].mean())

@@ -27,29 +27,22 @@ SMOOTH_SCORES = ("neg_mean_squared_error", "neg_log_loss", "r2", "neg_mean_poiss
 @dataclasses.dataclass
 class Setup:
     """Everything about x: `own` says which entries are own penalties, `offset` is log of the parameter at x = 0,
-    `lower`, `upper` its bounds, `scan` the points tried first; `problem(mix, center, strength)` is the problem."""
+    `lower`, `upper` its bounds, `scan` the points tried first; `problem(shared, center, strength)` is the problem."""
 
     own: np.ndarray
     offset: np.ndarray
     lower: np.ndarray
     upper: np.ndarray
     scan: np.ndarray
-    parts: Callable[[np.ndarray], tuple]  # mix -> (training, judge)
-
-    def mix(self, shared: bool) -> np.ndarray:
-        """The identity, or own penalties replaced by their mean."""
-        mix = np.eye(len(self.own))
-        if shared:
-            mix[np.ix_(self.own, self.own)] = 1 / max(1, self.own.sum())
-        return mix
+    parts: Callable[[families.Mixing], tuple]  # mixing -> (training, judge)
 
     def problem(self, shared: bool, center: np.ndarray, strength: float) -> families.SearchProblem:
         """Own penalties or one shared one, pulled towards `center`."""
-        mix = self.mix(shared)
-        training, judge = self.parts(mix)
         weights = self.own / max(1, self.own.sum())
-        arrays = (jnp.asarray(a, float) for a in (mix, weights, center, strength))
-        return families.SearchProblem(training, judge, *arrays)
+        on_device = lambda a: jnp.asarray(np.asarray(a, float))
+        mixing = families.Mixing(on_device(shared), on_device(weights))
+        training, judge = self.parts(mixing)
+        return families.SearchProblem(training, judge, mixing, on_device(center), on_device(strength))
 
 
 class Family:
@@ -111,12 +104,10 @@ class Family:
         average = float(total.mean())
         by_sum = name in ("Ridge", "LogisticRegression", "HuberRegressor", "LinearSVC")
         train = folds.train / (average if by_sum else total)
-        spread = np.eye(count)[own]
         unit = 1 / deviation
         if intercept or penalized_intercept:
             constant = float(estimator.intercept_scaling) if penalized_intercept else 1.0
             X = np.concatenate([X, np.full((K, n, 1), constant)], axis=2)
-            spread = np.vstack([spread, np.full((1, count), 1 / count)])
             unit = np.append(unit, 1.0 if penalized_intercept else 0.0)
         targets = np.asarray(y, float)
         if intercept and name in ("Ridge", "Lasso", "ElasticNet", "HuberRegressor"):
@@ -141,14 +132,16 @@ class Family:
             top = np.log(top if top > 0 else 1.0)
             if name == "Lasso":
                 offset = np.full(count, top)
-                weights = lambda mix: families.Absolute(*as_jax(mix, offset, spread, unit))
-                parts = lambda mix: (families.sparse(criterion, weights(mix)), judge)
+                spread = families.Spread(own, len(unit) - p)
+                top_, unit_ = as_jax(offset, unit)
+                weights = lambda mixing: families.Absolute(mixing, top_, spread, unit_)
+                parts = lambda mixing: (families.sparse(criterion, weights(mixing)), judge)
                 scan = np.linspace(-7.5, -0.25, 16)[:, None] * np.ones(count)
                 return Setup(np.ones(count, bool), offset, np.full(count, -9.0), np.zeros(count), scan, parts)
             if count > 1:
                 raise ValueError("HypergradientSearchCV: ElasticNet is tuned with penalties='shared' only.")
             offset = np.array([top, np.log(variance)])
-            parts = lambda mix: (families.sparse(criterion, families.Both(*as_jax(offset, unit))), judge)
+            parts = lambda mixing: (families.sparse(criterion, families.Both(*as_jax(offset, unit))), judge)
             scan = np.array([(a, b) for a in (-1.0, -2.5, -4.0, -5.5, -7.0) for b in (-9.0, -5.0, -2.0, 0.0)])
             return Setup(np.zeros(2, bool), offset, np.array([-9.0, -12.0]), np.array([0.0, 4.0]), scan, parts)
         scale = {"PoissonRegressor": 1.0, "HuberRegressor": 2 / average}.get(name, 1 / average)
@@ -158,10 +151,11 @@ class Family:
         offset = np.full(count, center)
         square = unit**2 * scale
         if name == "HuberRegressor":  # the last weight is its scale
-            spread, square = np.vstack([spread, np.zeros((1, count))]), np.append(square, 0.0)
+            square = np.append(square, 0.0)
+        spread, (offset_, square_) = families.Spread(own, len(square) - p), as_jax(offset, square)
 
-        def smooth_parts(mix):
-            penalties = families.Quadratic((count,), *as_jax(mix, offset, spread, square))
+        def smooth_parts(mixing):
+            penalties = families.Quadratic((count,), mixing, offset_, spread, square_)
             return families.smooth(criterion, penalties, losses), judge
 
         # around the scale of the features' mean variance, and of every feature's own
@@ -215,8 +209,8 @@ class Family:
         fixed_ = None if fixed is None else jnp.asarray(fixed, float)
         support = self.name == "SVC"
 
-        def parts(mix):
-            kernel = kernels.Kernel(features, jnp.asarray(mix, float), offset_, spread_, fixed_)
+        def parts(mixing):
+            kernel = kernels.Kernel(features, mixing, offset_, spread_, fixed_)
             training = (kernels.SupportVectorTraining if support else kernels.KernelRidgeTraining)(
                 kernel, targets, train
             )

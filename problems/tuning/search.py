@@ -91,7 +91,7 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
         pairs = [(np.asarray(a), np.asarray(b)) for a, b in splitter.split(rows, y)]
         self.n_splits_ = len(pairs)
         if classifier:
-            self._classes(y, pairs)
+            self._classes(y, pairs, judged=score == "neg_log_loss")
         targets = family.targets(y)
         with jax.enable_x64(True):
             folds = fold_data(before, rows, y, pairs, weights)
@@ -181,20 +181,23 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
             raise ValueError("HypergradientSearchCV: PoissonRegressor takes targets y >= 0, not all zero.")
         return rows, y
 
-    def _classes(self, y: np.ndarray, pairs: list) -> None:
+    def _classes(self, y: np.ndarray, pairs: list, judged: bool) -> None:
+        """Raises ValueError where there is one class, or training rows lack one; with `judged` validation rows too."""
         check_classification_targets(y)
         classes = np.unique(y)
         if len(classes) < 2:
             raise ValueError(
-                f"HypergradientSearchCV: a classifier needs at least 2 classes, `y` has 1 class only: {classes[0]!r}."
+                "HypergradientSearchCV: a classifier needs at least 2 classes, `y` has 1 class only: "
+                f"{classes.tolist()[0]!r}."
             )
-        for k, (rows, _) in enumerate(pairs):
-            missing = np.setdiff1d(classes, y[rows])
-            if missing.size:
-                raise ValueError(
-                    f"HypergradientSearchCV: `cv`, fold {k}: its training rows lack the class {missing[0]!r}; use "
-                    "fewer folds, or stratified ones."
-                )
+        for k, pair in enumerate(pairs):
+            for part, rows in zip(("training", "validation"), pair if judged else pair[:1], strict=False):
+                missing = np.setdiff1d(classes, y[rows])
+                if missing.size:  # without it a model is another one, and scikit-learn's log loss is none
+                    raise ValueError(
+                        f"HypergradientSearchCV: `cv`, fold {k}: its {part} rows lack the class "
+                        f"{missing.tolist()[0]!r}; use fewer folds, or stratified ones."
+                    )
 
     def _own(self, features: int) -> np.ndarray:
         if self.groups is not None:
@@ -293,6 +296,11 @@ class _Nested:
         self.search, self.family, self.before, self.rows, self.y = search, family, before, rows, y
         self.targets, self.weights, self.own, self.classifier = targets, weights, own, classifier
 
+    @property
+    def on_device(self) -> bool:
+        """Whether no inner solver is a function on the host, as that of large lassos is."""
+        return self.family.name not in ("Lasso", "ElasticNet")
+
     def splits(self, random_state: Any) -> list:
         """The outer splits: five, shuffled (stratified for classifiers), or as many as the smallest class allows."""
         from sklearn.model_selection import KFold, StratifiedKFold
@@ -321,7 +329,7 @@ class _Nested:
         pairs = [(rows[a], rows[b]) for a, b in pairs]
         folds = fold_data(self.before, self.rows, self.y, pairs, self.weights)
         setup = self.family.setup(folds, self.targets, self.own)
-        return Search(setup, min(40, self.search.n_iter), max(1e-3, self.search.tol), self.search.verbose)
+        return Search(setup, min(40, self.search.n_iter), max(1e-3, self.search.tol), 0)
 
     def loss(self, search: Search, x: np.ndarray, train: np.ndarray, test: np.ndarray) -> float:
         """Minus the score on the test rows of the estimator at x, fitted on the training rows."""
