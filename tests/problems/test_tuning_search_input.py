@@ -51,6 +51,7 @@ def test_frames_give_the_arrays_results_and_keep_their_names(frame):
         search.predict(frame(X).rename({"a": "z"}) if frame is as_polars else frame(X).rename(columns={"a": "z"}))
 
 
+@pytest.mark.slow
 def test_whole_weights_are_rows_that_come_several_times():
     """A fold whose rows are repeated is the same fold, with weights."""
     times = RNG.integers(1, 4, N)
@@ -63,6 +64,7 @@ def test_whole_weights_are_rows_that_come_several_times():
     np.testing.assert_allclose(weighted.best_params_["alpha"], plain.best_params_["alpha"], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_fewer_rows_than_features():
     wide = RNG.normal(size=(12, P * 10))
     search = HypergradientSearchCV(sk.Ridge(), cv=3).fit(wide, wide[:, 0])
