@@ -36,21 +36,57 @@ def lbfgsb(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation], boo
     """SciPy's L-BFGS-B; returns its last word. `on_step` is told each accepted point and says whether to go on."""
     import scipy.optimize as so
 
+    start = oracle(setting.project(oracle.x0))
+    recent, accepted = [start], [start]
+
     def function(x):
         found = oracle(x)
+        if any(_kink_between(other, found, oracle.scale) for other in recent):
+            recent.append(found)
+            raise _AtKink
+        recent[:] = [*recent[-_RECENT:], found]
         return found.value, found.gradient
 
     def callback(intermediate_result):
-        if not on_step(oracle(intermediate_result.x)):
+        accepted[0] = oracle(intermediate_result.x)
+        if not on_step(accepted[0]):
             raise StopIteration
 
-    if not on_step(oracle(setting.project(oracle.x0))):
+    if not on_step(start):
         return "at the start"
     bounds = so.Bounds(setting.lower, setting.upper)  # pyright: ignore[reportArgumentType]
     options = {"maxiter": setting.max_steps, "maxfun": 20 * setting.max_steps, "ftol": 0.0, "gtol": 0.0, "maxcor": 20}
-    start = setting.project(oracle.x0)
-    out = so.minimize(function, start, jac=True, method="L-BFGS-B", bounds=bounds, callback=callback, options=options)
+    try:
+        out = so.minimize(
+            function, start.x, jac=True, method="L-BFGS-B", bounds=bounds, callback=callback, options=options
+        )
+    except _AtKink:
+        lowest = min(recent, key=lambda e: e.value)
+        if lowest.value < accepted[0].value:
+            on_step(lowest)
+        return "a minimum at a kink, where the gradient jumps"
     return str(out.message)
+
+
+class _AtKink(Exception):
+    pass
+
+
+_RECENT = 10  # evaluations that a new one is compared with
+_CLOSE = 1e-7  # relative distance of two points that only a kink explains a change of the gradient between
+
+
+def _kink_between(one: Evaluation, other: Evaluation, scale: float) -> bool:
+    """Whether h of one variable falls steeply towards the gap between two points next to each other, from both sides:
+    it has a minimum at a kink there, and L-BFGS-B would close in on it to the last bit, over and over. (With more
+    variables the others may still have a way to go.)"""
+    if one.x.size != 1:
+        return False
+    (x1,), (x2,), (g1,), (g2,) = one.x, other.x, one.gradient, other.gradient
+    if not 0 < abs(x2 - x1) <= _CLOSE * max(1.0, abs(x1)):
+        return False
+    left, right = (g1, g2) if x1 < x2 else (g2, g1)
+    return bool(left < -1e-3 * scale and right > 1e-3 * scale)
 
 
 def newton_cg(

@@ -209,3 +209,14 @@ def test_a_point_on_a_kink_of_h_is_stepped_beside():
         bilevel.hypergradient(problem, jnp.zeros(()), jnp.zeros(1))
     found = bilevel.minimize(problem, jnp.zeros(()), jnp.zeros(1), bounds=(jnp.asarray(-2.0), jnp.asarray(2.0)))
     np.testing.assert_allclose(found.value, 0.125, rtol=1e-5)  # y = 0
+
+
+def test_a_minimum_at_a_kink_ends_it_soon():
+    """L-BFGS-B closes in on a kink of h to the last bit, and begins anew, unless it is stopped there."""
+    inner = bilevel.Minimization(lambda x, y: 0.5 * jnp.sum((y - x) ** 2))
+    kinked = bilevel.BilevelProblem(inner, lambda x, y: jnp.sum(jnp.abs(y - 0.3)) + 0.3 * y[0] + 0.1 * y[0] ** 2)
+    found = bilevel.minimize(kinked, jnp.asarray([2.0]), jnp.zeros(1))
+    np.testing.assert_allclose(found.x, [0.3], atol=1e-6)
+    assert not found.converged
+    assert "kink" in found.message
+    assert found.hypergradients < 40
