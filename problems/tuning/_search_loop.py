@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -43,7 +44,8 @@ class Search:
         problem = setup.problem(True, np.zeros(size), 0.0)
         y = problem.inner.initial()
         if near is not None:
-            return self._descend(problem, np.clip(near, setup.lower, setup.upper), y)
+            with contextlib.suppress(bilevel.NotConverged):  # else from wherever the estimator can be trained
+                return self._descend(problem, np.clip(near, setup.lower, setup.upper), y)
         tried = []
         for x in setup.scan:
             try:
@@ -73,7 +75,10 @@ class Search:
         return found if found.value <= best.value + 1e-4 * abs(best.value) else best
 
     def _descend(self, problem: Any, x: np.ndarray, y: Any) -> Point:
-        found = self._minimize(problem, x, y, self.n_iter)
+        try:
+            found = self._minimize(problem, x, y, self.n_iter)
+        except bilevel.NotConverged:  # somewhere on the way: the start is what there is, where it can be had
+            found = self._minimize(problem, x, y, 0)
         history = [
             {"step": s.step, "value": s.value, "gradient_norm": float(np.linalg.norm(s.gradient)), "error": s.error}
             for s in found.history
@@ -85,8 +90,10 @@ class Search:
 
     def _minimize(self, problem: Any, x: np.ndarray, y: Any, steps: int) -> bilevel.Result:
         bounds = (jnp.asarray(self.setup.lower), jnp.asarray(self.setup.upper))
+        # where n entries share a penalty, each sees an n-th of its slope
+        among = max(1, int(self.setup.own.sum())) if float(problem.mixing.shared) > 0 else 1
         return bilevel.minimize(
-            problem, jnp.asarray(x, float), y, bounds=bounds, tol=self.tol, max_steps=int(steps),
+            problem, jnp.asarray(x, float), y, bounds=bounds, tol=self.tol / among, max_steps=int(steps),
             progress=bool(self.verbose) and steps > 0, max_inner_steps=INNER_STEPS,
         )  # fmt: skip
 
@@ -106,7 +113,8 @@ def choose_strength(nested: Any, near: np.ndarray, random_state: Any) -> tuple[f
             found, point = [nested.loss(search, shared.x, train, test)], shared
             for strength in STRENGTHS:
                 problem = search.setup.problem(False, shared.x, strength * abs(shared.value))
-                point = search._descend(problem, point.x, point.y)
+                with contextlib.suppress(bilevel.NotConverged):  # then the point of the strength before stands for it
+                    point = search._descend(problem, point.x, point.y)
                 found.append(nested.loss(search, point.x, train, test))
             return found
 
