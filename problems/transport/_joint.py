@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from ._hessian import schur_matrix
 from ._pairs import Matrix
-from ._solvers import Dual, decay, eta
+from ._sweeps import Dual, decay, eta
 
 
 class Setting(eqx.Module):

@@ -74,6 +74,10 @@ class Matrix(AbstractPairs):
         return ahead, back
 
     def soft_min(self, g, b, epsilon):
+        return self.soft_min_and_terms(g, b, epsilon)[0]
+
+    def soft_min_and_terms(self, g, b, epsilon):
+        """`soft_min`, and what it sums: (soft, top, E) with E_ij exp(top_i) = exp((g_j - c_ij) / epsilon)."""
         allowed = (self.costs != jnp.inf) & (b > 0)[None, :]
         exponent = jnp.where(allowed, (g[None, :] - jnp.where(allowed, self.costs, 0)) / epsilon, -jnp.inf)
         top = lax.stop_gradient(jnp.max(exponent, axis=1))
@@ -83,7 +87,8 @@ class Matrix(AbstractPairs):
         raw = (g[None, :] - jnp.where(self.costs != jnp.inf, self.costs, 0)) / epsilon - top[:, None]
         terms = jnp.where(self.costs != jnp.inf, jnp.exp(jnp.minimum(raw, ceiling)), 0)
         total = terms @ b
-        return jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1)) + top, -jnp.inf)
+        soft = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1)) + top, -jnp.inf)
+        return soft, top, terms
 
     def open_rows(self, b):
         return jnp.any((self.costs != jnp.inf) & (b > 0)[None, :], axis=1)

@@ -17,7 +17,8 @@ from bilevel.problem import as_given, as_node
 from . import _checks as checks
 from ._hessian import DualHessian, SchurComplement
 from ._pairs import AbstractPairs, Matrix
-from ._solvers import Automatic, Dual
+from ._solvers import Automatic
+from ._sweeps import Dual
 from ._trouble import trouble_with_costs
 
 
