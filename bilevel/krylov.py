@@ -51,6 +51,7 @@ def conjugate_gradient(
     max_steps: int | None = None,
     forcing: tuple[float, jax.Array] | None = None,
     verify: bool = True,
+    condition: jax.Array | None = None,
 ) -> ConjugateGradientResult:
     """Solves A x = b for a symmetric positive definite A given by its product.
 
@@ -59,7 +60,8 @@ def conjugate_gradient(
     flat of shape (n,) and one floating dtype. With K = n steps it reproduces the dense solve up to round-off; it
     finishes early without NaN. The residual is recomputed, one more product, unless `verify` is False. Status
     `not_a_minimum` at negative curvature, `singular` at vanishing Ritz values relative to the largest (what the
-    right-hand side does not excite is not seen), `linear_solve` when it stops short.
+    right-hand side does not excite is not seen), `linear_solve` when it stops short. `condition`: where an earlier run
+    has found it, so that no Ritz values are computed (they cost more than some products of a small matrix).
     """
     n, dtype = b.shape[0], b.dtype
     eps = jnp.finfo(dtype).eps
@@ -70,7 +72,7 @@ def conjugate_gradient(
     x = zero if guess is None else guess
     r = b if guess is None else b - mv(guess)
     z = precondition(r)
-    kept = min(_KEPT, limit)
+    kept = min(_KEPT, limit) if condition is None else 1
     state = _State(
         x, r, z, jnp.vdot(r, z), jnp.asarray(0), jnp.asarray(True),
         jnp.zeros((kept,), dtype), jnp.zeros((kept,), dtype),
@@ -106,9 +108,12 @@ def conjugate_gradient(
     end = lax.while_loop(unfinished, body, state)
     rest = b - mv(end.x) if verify else end.r
     residual = jnp.linalg.norm(rest)
-    smallest, largest = _ritz(end.alphas, end.betas, end.step, kept)
-    condition = jnp.where(smallest > 0, largest / jnp.where(smallest > 0, smallest, 1), jnp.inf)
-    condition = jnp.where(end.step == 0, jnp.ones_like(condition), condition)
+    if condition is None:
+        smallest, largest = _ritz(end.alphas, end.betas, end.step, kept)
+        condition = jnp.where(smallest > 0, largest / jnp.where(smallest > 0, smallest, 1), jnp.inf)
+        condition = jnp.where(end.step == 0, jnp.ones_like(condition), condition)
+    else:
+        largest = 1 / jnp.where(end.alphas[0] > 0, end.alphas[0], 1)  # a Rayleigh quotient: below it
     negative = ~end.curvature_ok
     vanishing = condition * (n * eps) >= 1
     # round-off of the recurrence against the true residual: a factor ten is forgiven, and what round-off forbids

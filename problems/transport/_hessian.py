@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
+from jax import lax
 from jaxtyping import Array
 
 from bilevel._dense import factor_definite
@@ -20,8 +21,12 @@ from bilevel.linear import AbstractLinearSolver, Direct, LinearSolution, refine
 
 from ._pairs import AbstractPairs, Matrix
 
-DIRECT_LIMIT = 1200
-"""Points on the smaller side up to which the Schur complement is factorized."""
+ALWAYS_DIRECT = 150
+"""Points on the smaller side up to which the Schur complement is factorized, whatever its condition."""
+DIRECT_LIMIT = 2500
+"""Points on the smaller side up to which it is factorized where conjugate gradients are slow."""
+STEPS_OF_A_FACTOR = 1 / 16
+"""Steps of conjugate gradients for each point on the smaller side that cost clearly less than a factorization."""
 
 
 class DualHessian(lx.AbstractLinearOperator):
@@ -79,28 +84,62 @@ lx.conj.register(DualHessian)(lambda operator: operator)
 lx.diagonal.register(DualHessian)(lambda operator: jnp.concatenate([operator.first, operator.second]))
 
 
-class _Prepared(eqx.Module):
-    """A factorized Schur complement, behind the interface of a factorized matrix; `left`: it is that of f."""
+class _Scaled(eqx.Module):
+    """The Hessian in the unknowns D^1/2 (f, g), in which D is the identity: `corner` is D1^-1/2 (pi / epsilon) D2^-1/2,
+    `first`, `second` are D1^-1/2 and D2^-1/2, `gauge` the direction of the gauge there, of unit length, on the smaller
+    side, which is that of f if `left`."""
 
-    corner: Array  # pi / epsilon
+    corner: Array
     first: Array
     second: Array
-    mask: Array | None  # the gauge direction, of unit length
-    factor: Any
+    mask: Array | None  # the gauge direction in (f, g), of unit length
+    gauge: Array | None
     left: bool = eqx.field(static=True)
 
-    def solve(self, b: Array, transpose: bool) -> Array:
+    @classmethod
+    def of(cls, system) -> _Scaled:
+        operator = system.operator
+        first, second = (jnp.where(d > 0, 1 / jnp.sqrt(d), 0) for d in (operator.first, operator.second))
+        corner = operator.coupling() * (first / operator.epsilon)[:, None] * second[None, :]
+        left, mask, gauge = len(first) < len(second), _gauge_direction(system), None
+        if mask is not None:
+            near = mask[: len(first)] if left else mask[len(first) :]
+            gauge = jnp.where(near != 0, jnp.sqrt(operator.first if left else operator.second), 0)
+            gauge = gauge / jnp.linalg.norm(gauge)
+        return cls(corner, first, second, mask, gauge, left)
+
+    def factor(self, operator: DualHessian) -> Any:
+        """The Schur complement of the smaller side, the gauge lifted, factorized; formed without the scaling, whose
+        rounding would be seen where epsilon is small."""
+        corner, first, second = operator.coupling() / operator.epsilon, operator.first, operator.second
+        near = None if self.gauge is None else (self.gauge != 0).astype(first.dtype)
+        if self.left:
+            return factor_definite(schur_matrix(corner.T, 1 / second, first, near))
+        return factor_definite(schur_matrix(corner, 1 / first, second, near))
+
+    def solve(self, factor: Any, b: Array) -> Array:
         """The solution, flat like b; b and the solution are off the gauge."""
         n = len(self.first)
-        r1, r2 = b[:n], b[n:]
+        u, w = self.first * b[:n], self.second * b[n:]
+        size = lambda scale: jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
         if self.left:
-            u = self.factor.solve(r1 - self.corner @ (r2 / self.second), False)
-            w = (r2 - u @ self.corner) / self.second
+            u = size(self.first) * factor.solve(size(self.first) * (u - self.corner @ w), False)
+            w = w - u @ self.corner
         else:
-            w = self.factor.solve(r2 - (r1 / self.first) @ self.corner, False)
-            u = (r1 - self.corner @ w) / self.first
-        v = jnp.concatenate([u, w])
+            w = size(self.second) * factor.solve(size(self.second) * (w - u @ self.corner), False)
+            u = u - self.corner @ w
+        v = jnp.concatenate([self.first * u, self.second * w])
         return v if self.mask is None else v - self.mask * jnp.vdot(self.mask, v)
+
+
+class _Prepared(eqx.Module):
+    """A factorized Schur complement, behind the interface of a factorized matrix."""
+
+    scaled: _Scaled
+    factor: Any
+
+    def solve(self, b: Array, transpose: bool) -> Array:
+        return self.scaled.solve(self.factor, b)
 
     @property
     def condition(self) -> Array:
@@ -122,36 +161,55 @@ def schur_matrix(corner: Array, inverse: Array, diagonal: Array, gauge: Array | 
     return matrix + direction[:, None] * direction[None, :] / jnp.vdot(gauge, direction)
 
 
+class _Stored(eqx.Module):
+    """The scaled Hessian for conjugate gradients; `condition`: what a first run of them saw."""
+
+    operator: DualHessian
+    scaled: _Scaled
+    condition: Array | None = None
+
+
+class _Chosen(eqx.Module):
+    """Both, the factor zeros unless `direct`."""
+
+    stored: _Stored
+    factor: Any
+    direct: Array
+
+
 class SchurComplement(AbstractLinearSolver):
     """Solves with a `DualHessian`. `direct=True`: Cholesky of the Schur complement on the smaller side; False:
-    conjugate gradients on it, scaled by its diagonal, constants deflated; None: the first up to a measured size.
+    conjugate gradients on it, scaled by its diagonal, constants deflated; None: the first for few points; for more,
+    the second where a trial run needs few steps (where epsilon is large), else the first.
 
     Where the Hessian has been put in other coordinates it is `bilevel.Direct`.
     """
 
     direct: bool | None = eqx.field(static=True, default=None)
 
-    def _dense(self, system) -> bool:
-        operator = system.operator
-        small = min(len(operator.first), len(operator.second))
-        return isinstance(operator.pairs, Matrix) and (small <= DIRECT_LIMIT if self.direct is None else self.direct)
-
     def prepare(self, system):
         operator = system.operator
         if not isinstance(operator, DualHessian):
             return Direct().prepare(system)
-        if not self._dense(system):
+        small = min(len(operator.first), len(operator.second))
+        if not isinstance(operator.pairs, Matrix):
             return operator
-        left = len(operator.first) < len(operator.second)
-        corner, first, second = operator.coupling() / operator.epsilon, operator.first, operator.second
-        mask = _gauge_direction(system)
-        if left:
-            gauge = None if mask is None else (mask != 0).astype(first.dtype)[: len(first)]
-            matrix = schur_matrix(corner.T, 1 / second, first, gauge)
-        else:
-            gauge = None if mask is None else (mask != 0).astype(first.dtype)[len(first) :]
-            matrix = schur_matrix(corner, 1 / first, second, gauge)
-        return _Prepared(corner, first, second, mask, factor_definite(matrix), left)
+        if self.direct or (self.direct is None and small <= ALWAYS_DIRECT):
+            scaled = _Scaled.of(system)
+            return _Prepared(scaled, scaled.factor(operator))
+        scaled = _Scaled.of(system)
+        if self.direct is False or small > DIRECT_LIMIT:
+            return _Stored(operator, scaled)
+        # a right-hand side of many directions, each in its own scale
+        probe = jnp.cos(1.7 * jnp.arange(1, system.size + 1, dtype=system.dtype))
+        probe = system.off_gauge(probe * jnp.sqrt(jnp.concatenate([operator.first, operator.second])))
+        limit = max(int(small * STEPS_OF_A_FACTOR), 6)
+        trial = _iterate(operator, system, probe, 1e-3, scaled=scaled, max_steps=limit)
+        direct = trial.status.code != 0
+        shape = jax.eval_shape(lambda: scaled.factor(operator))
+        nothing = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shape)
+        factor = lax.cond(direct, lambda: scaled.factor(operator), nothing)
+        return _Chosen(_Stored(operator, scaled, trial.condition), factor, direct)
 
     def cost(self, system):
         return 0  # no product with dF/dy is taken
@@ -161,20 +219,33 @@ class SchurComplement(AbstractLinearSolver):
         return True
 
     def solve(self, state, system, b, *, transpose=False, rtol=None, guess=None, forcing=None):
-        if not isinstance(state, DualHessian):
+        if not isinstance(state, DualHessian | _Stored | _Chosen):
             return Direct().solve(state, system, b, transpose=transpose, rtol=rtol, guess=guess, forcing=forcing)
         eps = float(jnp.finfo(b.dtype).eps)
         target = jnp.asarray(50 * eps if rtol is None else rtol, b.dtype)
-        first = _iterate(state, system, b, jnp.maximum(0.1 * target, 4 * eps))
+        first = self.approximate(state, system, b, rtol=jnp.maximum(0.1 * target, 4 * eps))
         return refine(
-            lambda r: _iterate(state, system, r, 1e-3).value, system, b, transpose=transpose, rtol=target,
+            lambda r: self.approximate(state, system, r, rtol=1e-3).value, system, b, transpose=transpose, rtol=target,
             guess=first.value if guess is None else guess, condition=first.condition, status=first.status,
         )._replace(products=first.products)  # fmt: skip
 
-    def approximate(self, state, system, b, *, rtol=0.03, transpose=False):
-        if not isinstance(state, DualHessian):
+    def approximate(self, state, system, b, *, rtol: Any = 0.03, transpose=False):
+        if isinstance(state, DualHessian):
+            return _iterate(state, system, b, rtol)
+        if isinstance(state, _Stored):
+            return _iterate(state.operator, system, b, rtol, scaled=state.scaled, condition=state.condition)
+        if not isinstance(state, _Chosen):
             return Direct().approximate(state, system, b, rtol=rtol, transpose=transpose)
-        return _iterate(state, system, b, rtol)
+
+        def by_factor():
+            found = Direct().approximate(_Prepared(state.stored.scaled, state.factor), system, b)
+            return found._replace(products=jnp.zeros((), jnp.int32))
+
+        def by_iteration():
+            found = self.approximate(state.stored, system, b, rtol=rtol)
+            return found._replace(products=found.products.astype(jnp.int32))
+
+        return lax.cond(state.direct, by_factor, by_iteration)
 
 
 def _gauge_direction(system) -> Array | None:
@@ -186,38 +257,38 @@ def _gauge_direction(system) -> Array | None:
     return along / jnp.linalg.norm(along)
 
 
-def _iterate(operator: DualHessian, system, b: Array, rtol: Any) -> LinearSolution:
-    """Conjugate gradients on the Schur complement of g (or f, where it is smaller)."""
+def _iterate(
+    operator: DualHessian, system, b: Array, rtol: Any, *, scaled: _Scaled | None = None, max_steps: int | None = None,
+    condition: Array | None = None,
+) -> LinearSolution:  # fmt: skip
+    """Conjugate gradients on the Schur complement of g (or f, where it is smaller), in the unknowns D^1/2 (f, g), in
+    which D is the identity; `scaled`: the Hessian there, where it has been formed."""
     n = len(operator.first)
-    r1, r2 = b[:n], b[n:]
+    s1, s2 = 1 / jnp.sqrt(operator.first), 1 / jnp.sqrt(operator.second)
+    if scaled is not None:
+        ahead, back = (lambda v: scaled.corner @ v), (lambda v: v @ scaled.corner)
+    else:
+        ahead = lambda v: s1 * operator.cross(None, s2 * v)[0]
+        back = lambda v: s2 * operator.cross(s1 * v, None)[1]
+    r1, r2 = s1 * b[:n], s2 * b[n:]
     left = n < len(operator.second)
-    near, far = (operator.first, operator.second) if left else (operator.second, operator.first)
-    r_near, r_far = (r1, r2) if left else (r2, r1)
-    to_near = (lambda v: operator.cross(None, v)[0]) if left else (lambda v: operator.cross(v, None)[1])
-    to_far = (lambda v: operator.cross(v, None)[1]) if left else (lambda v: operator.cross(None, v)[0])
-    scale = 1 / jnp.sqrt(near)
-    constants = jnp.where(near_weight(operator, left) > 0, jnp.sqrt(near), 0)
+    r_near, r_far, to_near, to_far = (r1, r2, ahead, back) if left else (r2, r1, back, ahead)
+    near = operator.first if left else operator.second
+    constants = jnp.where((operator.a if left else operator.b) > 0, jnp.sqrt(near), 0)
     constants = constants / jnp.linalg.norm(constants)
     gauge = system.gauge is not None
 
     def product(v):
-        w = scale * v
-        out = v - scale * to_near(to_far(w) / far)
+        out = v - to_near(to_far(v))
         return out + constants * jnp.vdot(constants, v) if gauge else out
 
     lift = 0 if gauge else 1 / operator.slow - 1
     precondition = None if gauge else (lambda v: v + lift * constants * jnp.vdot(constants, v))
-    right = scale * (r_near - to_near(r_far / far))
     out = conjugate_gradient(
-        product, right, rtol=rtol, preconditioner=precondition, max_steps=10 * len(near) + 10, verify=False
-    )
-    near_value = scale * out.value
-    far_value = (r_far - to_far(near_value)) / far
-    value = system.off_gauge(jnp.concatenate([near_value, far_value] if left else [far_value, near_value]))
-    products = out.steps + 1
-    return LinearSolution(value, jnp.zeros_like(b), out.status, out.condition, products)
-
-
-def near_weight(operator: DualHessian, left: bool) -> Array:
-    """The weights on the side of the Schur complement."""
-    return operator.a if left else operator.b
+        product, r_near - to_near(r_far), rtol=rtol, preconditioner=precondition, verify=False, condition=condition,
+        max_steps=10 * len(near) + 10 if max_steps is None else max_steps,
+    )  # fmt: skip
+    rest = r_far - to_far(out.value)
+    u, w = (out.value, rest) if left else (rest, out.value)
+    value = system.off_gauge(jnp.concatenate([s1 * u, s2 * w]))
+    return LinearSolution(value, jnp.zeros_like(b), out.status, out.condition, out.steps + 1)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 import bilevel
+from bilevel._trees import ravel
+from bilevel.linear import linear_system
 from problems import transport
-from problems.transport import EntropicOT, UnbalancedOT
+from problems.transport import EntropicOT, UnbalancedOT, _hessian
 from tests.problems._transport import derivative, kl, reference
 
 RNG = np.random.default_rng(11)
@@ -167,11 +169,61 @@ def test_every_solver_finds_the_same():
     p = parameters("both")
     ot = build(p)
     pi = reference(C0 + X * C1, p["a"], p["b"], EPSILON, *TAUS["both"])[0]
-    for solver in (transport.Sinkhorn("log"), transport.Sinkhorn("kernel"), transport.SchurNewton()):
+    accelerated = transport.Sinkhorn("log", anderson=5)
+    for solver in (transport.Sinkhorn("log"), accelerated, transport.Sinkhorn("kernel"), transport.SchurNewton()):
         solution = bilevel.solve(ot, p["x"], ot.initial(), solver=solver)
         np.testing.assert_allclose(ot.coupling(X, solution.y), pi, rtol=1e-8, err_msg=str(solver))
     with pytest.raises(ValueError, match="domain must be 'kernel' or 'log'"):
         transport.Sinkhorn("primal")
+    with pytest.raises(ValueError, match="anderson must be a number of sweeps, 0 or more, found -1"):
+        transport.Sinkhorn("log", anderson=-1)
+    with pytest.raises(ValueError, match="is in the log domain: pass domain='log' too"):
+        transport.Sinkhorn(anderson=5)
+
+
+def test_anderson_acceleration_takes_fewer_sweeps_and_reaches_what_it_says():
+    """At an epsilon where plain sweeps need hundreds; both are stopped by their own measure, checked here."""
+    C = jnp.asarray(SQUARES)
+    weights = jnp.full(40, 1 / 40)
+    ot = EntropicOT(Affine(C, jnp.zeros_like(C)), weights, weights, 0.03 * float(np.median(SQUARES)))
+    steps = {}
+    for depth in (0, 5):
+        solver = transport.Sinkhorn("log", annealing=False, anderson=depth)
+        found = jax.jit(lambda s=solver: s.find(ot, jnp.asarray(0.0), ot.initial(), tol=1e-9, max_steps=5000))()
+        steps[depth] = int(found.steps)
+        rows, columns = ot.optimality(jnp.asarray(0.0), found.y)
+        assert np.sqrt(np.sum(rows**2) + np.sum(columns**2)) <= 1e-9
+    assert 2 * steps[5] < steps[0] < 5000, steps
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40)])
+def test_the_schur_complement_is_factorized_where_iterations_are_slow(shape, monkeypatch):
+    """Either way it solves with dF/dy: balanced on the quotient by the gauge, and unbalanced with large tau."""
+    monkeypatch.setattr(_hessian, "ALWAYS_DIRECT", 0)
+    C = jnp.asarray(SQUARES[: shape[0], : shape[1]])
+    a, b = (jnp.full(k, 1 / k) for k in shape)
+    zero = jnp.asarray(0.0)
+
+    @jax.jit
+    def solved(epsilon):
+        out = []
+        for tau in (np.inf, 5.0):
+            ot = UnbalancedOT(Affine(C, jnp.zeros_like(C)), a, 1.0 * b, epsilon, tau)
+            y = transport.SchurNewton().find(ot, zero, ot.initial(), tol=1e-9, max_steps=200).y
+            _, system = linear_system(ot, zero, y)
+            right = system.off_gauge(jnp.sin(jnp.arange(70.0)) * ravel(ot.optimality(zero, ot.initial()))[0])
+            solver = _hessian.SchurComplement()
+            state = solver.prepare(system)
+            answer = solver.solve(state, system, right)
+            rest = jnp.linalg.norm(system.mv(answer.value) - right) / jnp.linalg.norm(right)
+            out.append((state.direct, rest, answer.status.code))
+        return out
+
+    for share, direct in ((3.0, False), (0.02, True)):
+        for chosen, rest, code in solved(share * float(np.median(SQUARES))):
+            assert bool(chosen) == direct
+            assert rest < 1e-11
+            assert code == 0
 
 
 # ------------------------------------------------------------------------------------------------ zero, infinity
