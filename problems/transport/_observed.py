@@ -13,6 +13,8 @@ from jaxtyping import Array, Float
 from bilevel.problem import as_given, as_node
 
 from . import _checks as checks
+from ._sparse import ObservedPairs
+from .clouds import PointCloudCost
 
 
 class LinearCost(eqx.Module):
@@ -49,6 +51,11 @@ def kl(p: Array, q: Array) -> Array:
     return jnp.sum(p * jnp.log(ratio) - p + q)
 
 
+def kl_of(observed: Any, a: Array, b: Array) -> Array:
+    """KL(observed | a b')."""
+    return observed.kl(a, b) if isinstance(observed, ObservedPairs) else kl(observed, a[:, None] * b[None, :])
+
+
 def shift_of(rho: Array, observed: Array, a: Array, b: Array) -> Array:
     """rho log(pi_hat / (a b')): minus infinity where nothing was observed, zero at points without weight."""
     product = a[:, None] * b[None, :]
@@ -60,7 +67,9 @@ def shift_of(rho: Array, observed: Array, a: Array, b: Array) -> Array:
 # ------------------------------------------------------------------------------------------------ checks
 
 
-def check_coupling(owner: str, coupling: Any) -> Array:
+def check_coupling(owner: str, coupling: Any) -> Any:
+    if isinstance(coupling, ObservedPairs):
+        return coupling
     array = checks.as_floating(owner, "coupling", coupling, 2)
     if array.size == 0:
         raise ValueError(f"{owner}: `coupling` is empty, its shape is {array.shape}.")
@@ -98,6 +107,28 @@ def check_cost(owner: str, features: Any, theta0: Any, shape: tuple[int, ...]) -
     return LinearCost(array, None), theta
 
 
+def check_pairs(features: Any, pairs: Any, theta0: Any) -> tuple[np.ndarray, tuple[int, int]]:
+    """Index pairs, shape (N, 2), and how many points there are on either side."""
+    array = np.asarray(pairs)
+    if array.ndim != 2 or array.shape[1] != 2 or len(array) == 0:
+        raise ValueError(f"InverseOT.from_samples: `pairs` must have shape (N, 2), found {array.shape}.")
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"InverseOT.from_samples: `pairs` must hold integer indices, found dtype {array.dtype}.")
+    if isinstance(features, PointCloudCost):
+        shape = (len(features.X), len(features.Y))
+    else:
+        shape = jax.eval_shape(features, theta0).shape if callable(features) else np.shape(features)[1:]
+    if len(shape) != 2:
+        raise ValueError(f"InverseOT.from_samples: `features` must have shape (K, n, m), found {shape} points.")
+    outside = np.flatnonzero(((array < 0) | (array >= np.asarray(shape))).any(axis=1))
+    if outside.size:
+        raise ValueError(
+            f"InverseOT.from_samples: {outside.size} of the `pairs` lie outside of the features' {shape} points, "
+            f"the first is {tuple(int(v) for v in array[outside[0]])}."
+        )
+    return array, (int(shape[0]), int(shape[1]))
+
+
 def check_marginal(owner: str, name: str, given: Any, own: Array, tau: Any) -> tuple[Array, bool]:
     """The reference marginal, and whether it is the observation's own."""
     if given is None:
@@ -123,7 +154,14 @@ def check_marginal(owner: str, name: str, given: Any, own: Array, tau: Any) -> t
     return weights, False
 
 
-def check_support(owner: str, observed: Array, a: Array, b: Array) -> None:
+def check_support(owner: str, observed: Any, a: Array, b: Array) -> None:
+    if isinstance(observed, ObservedPairs):
+        i, j = np.asarray(observed.rows), np.asarray(observed.columns)
+        outside = np.flatnonzero((np.asarray(a)[i] <= 0) | (np.asarray(b)[j] <= 0))
+        if outside.size:
+            k = outside[0]
+            raise ValueError(f"{owner}: a pair ({i[k]}, {j[k]}) was observed, where `a` or `b` has no mass.")
+        return
     if not all(checks.is_concrete(v) for v in (observed, a, b)):
         return
     outside = (np.asarray(observed) > 0) & ~((np.asarray(a) > 0)[:, None] & (np.asarray(b) > 0)[None, :])
@@ -138,12 +176,12 @@ def check_sharpening(owner: str, sharpening: Any) -> Array | None:
     return checks.check_positive(owner, "sharpening", sharpening)
 
 
-def check_count(observed: Array, count: Any) -> int | None:
+def check_count(observed: Any, count: Any) -> int | None:
     if count is not None:
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
             raise ValueError(f"InverseOT: `count` must be the number of observed pairs, found {count!r}.")
         return int(count)
-    if not checks.is_concrete(observed):
+    if isinstance(observed, ObservedPairs) or not checks.is_concrete(observed):
         return None
     numbers = np.asarray(observed)
     total = float(numbers.sum())

@@ -44,6 +44,15 @@ class Cloud(AbstractPairs):
         pair = (lambda p, q: self.function(q, p)) if self.flipped else self.function
         return jax.vmap(lambda p: jax.vmap(lambda q: pair(p, q))(self.Q))(P)
 
+    def at(self, i: Array, j: Array) -> Array:
+        """The costs of some pairs, shape (N,), from their indices, each of shape (N,)."""
+        if self.kind == "product":
+            return -jnp.sum(self.P[i] * self.Q[j], axis=1)
+        if self.kind == "distance":
+            return jnp.sum(jnp.square(self.P[i] - self.Q[j]), axis=1)
+        pair = (lambda p, q: self.function(q, p)) if self.flipped else self.function
+        return jax.vmap(pair)(self.P[i], self.Q[j])
+
     def _rows(self, count: int) -> tuple[int, int]:
         rows = max(1, min(count, _ENTRIES // max(1, len(self.Q))))
         return rows, -(-count // rows)

@@ -16,6 +16,7 @@ from bilevel.problem import as_given, as_node
 
 from . import _checks as checks
 from . import _joint as joint
+from ._identified import refuse_flat
 from ._newton import newton_joint
 from ._observed import (
     LinearCost,
@@ -24,11 +25,15 @@ from ._observed import (
     check_count,
     check_coupling,
     check_marginal,
+    check_pairs,
     check_sharpening,
     check_support,
     kl,
+    kl_of,
     shift_of,
 )  # fmt: skip
+from ._sparse import ObservedPairs
+from .clouds import PointCloudCost
 from .entropic import AbstractTransport, EntropicOT, UnbalancedOT
 from .penalties import AbstractPenalty
 
@@ -41,7 +46,8 @@ class InverseOT(bilevel.AbstractBilevelProblem):
     gradient is features' (pi_hat - pi_theta). With `sharpening=rho` the minimum is over F_theta + rho KL(. | pi_hat):
     convex, between 0 and the gap, zero where the gap is (derived in docs/theory/transport.md).
 
-    **Arguments:** `features`: shape (K, n, m), finite; or a function theta -> (n, m) costs with `theta0` to start from.
+    **Arguments:** `features`: shape (K, n, m), finite; or a function theta -> (n, m) costs or a
+    `PointCloudCost`, with `theta0` to start from.
     `coupling`: pi_hat, shape (n, m), at least 0. `a`, `b`: the reference marginals, shapes (n,) and (m,); None: those
     of the coupling, which only makes sense for marginals that are kept exactly. `epsilon` > 0; `tau`: as in
     `UnbalancedOT`. `penalty`: a `transport.L1` and the like, added by `.newton` and `bilevel.minimize`. `outer`:
@@ -54,7 +60,7 @@ class InverseOT(bilevel.AbstractBilevelProblem):
     """
 
     inner: AbstractTransport
-    observed: Float[Array, "n m"]
+    observed: Float[Array, "n m"] | ObservedPairs
     sharpening: Float[Array, ""] | None
     _theta0: Any
     _constants: tuple[Array, Array, Array]  # KL of the observation and of its marginals, from the references
@@ -86,19 +92,22 @@ class InverseOT(bilevel.AbstractBilevelProblem):
         observed = observed.astype(dtype)
         epsilon = checks.check_positive(owner, "epsilon", epsilon).astype(dtype)
         taus = checks.tau_pair(owner, tau)
-        a, own_a = check_marginal(owner, "a", a, jnp.sum(observed, axis=1), taus[0])
-        b, own_b = check_marginal(owner, "b", b, jnp.sum(observed, axis=0), taus[1])
+        rows, columns = observed.sum(axis=1), observed.sum(axis=0)
+        a, own_a = check_marginal(owner, "a", a, rows, taus[0])
+        b, own_b = check_marginal(owner, "b", b, columns, taus[1])
         a, b = a.astype(dtype), b.astype(dtype)
         check_support(owner, observed, a, b)
-        self._constants = (
-            kl(observed, a[:, None] * b[None, :]),
-            kl(jnp.sum(observed, axis=1), a),
-            kl(jnp.sum(observed, axis=0), b),
-        )
+        self._constants = (kl_of(observed, a, b), kl(rows, a), kl(columns, b))
         rho = check_sharpening(owner, sharpening)
         self.sharpening = None if rho is None else rho.astype(dtype)
+        if isinstance(observed, ObservedPairs) and (self.sharpening is not None or outer is not None):
+            raise ValueError(
+                f"{owner}: `sharpening` and `outer` need the coupling as a matrix, which samples of a PointCloudCost "
+                f"are not made into; pass `coupling` instead."
+            )
         if self.sharpening is not None:
-            shift = shift_of(self.sharpening, observed, a, b)
+            matrix: Any = observed
+            shift = shift_of(self.sharpening, matrix, a, b)
             cost = LinearCost(cost.features, shift) if isinstance(cost, LinearCost) else SharpenedCost(cost, shift)
             epsilon = epsilon + self.sharpening
         if taus[0] is None and taus[1] is None:
@@ -120,25 +129,15 @@ class InverseOT(bilevel.AbstractBilevelProblem):
     @classmethod
     def from_samples(cls, features: Any, pairs: Any, *, epsilon: Any, **options: Any) -> InverseOT:
         """The problem of N observed index pairs, `pairs` of shape (N, 2), integers: `coupling` holds their frequencies
-        (of total mass 1), so that `.standard_errors` knows N. Further arguments as of the class.
+        (of total mass 1), so that `.standard_errors` knows N. Further arguments as of the class. Where `features` is a
+        `PointCloudCost` no matrix is formed: memory O(n + m + N).
 
         Raises ValueError for pairs of another shape, that are not integers, or outside of the features' (n, m).
         """
-        array = np.asarray(pairs)
-        if array.ndim != 2 or array.shape[1] != 2 or len(array) == 0:
-            raise ValueError(f"InverseOT.from_samples: `pairs` must have shape (N, 2), found {array.shape}.")
-        if not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"InverseOT.from_samples: `pairs` must hold integer indices, found dtype {array.dtype}.")
-        given: Any = features
-        shape = jax.eval_shape(given, options.get("theta0")).shape if callable(given) else np.shape(given)[1:]
-        if len(shape) != 2:
-            raise ValueError(f"InverseOT.from_samples: `features` must have shape (K, n, m), found {shape} points.")
-        outside = np.flatnonzero(((array < 0) | (array >= np.asarray(shape))).any(axis=1))
-        if outside.size:
-            raise ValueError(
-                f"InverseOT.from_samples: {outside.size} of the `pairs` lie outside of the features' {shape} points, "
-                f"the first is {tuple(int(v) for v in array[outside[0]])}."
-            )
+        array, shape = check_pairs(features, pairs, options.get("theta0"))
+        if isinstance(features, PointCloudCost):
+            observed = ObservedPairs.of_samples(array, shape, features.X.dtype)
+            return cls(features, observed, epsilon=epsilon, count=len(array), **options)
         counts = np.zeros(shape)
         np.add.at(counts, (array[:, 0], array[:, 1]), 1.0)
         return cls(features, counts / len(array), epsilon=epsilon, count=len(array), **options)
@@ -162,18 +161,24 @@ class InverseOT(bilevel.AbstractBilevelProblem):
         found: Any = features(theta) if callable(features) else jnp.tensordot(theta, features, 1)
         return found
 
+    def _observed_cost(self, theta: Any) -> Array:
+        if isinstance(self.observed, ObservedPairs):
+            cost: Any = self.inner.cost
+            return self.observed.cost(cost, theta)
+        return jnp.vdot(self.costs(theta), self.observed)
+
     def outer(self, x, y):
         """The loss at theta = x, with potentials y."""
         if self._outer is not None:
             return as_given(self._outer)(x, self.inner.coupling(x, y))
         kl, *marginals = self._constants
-        at_observed = jnp.vdot(self.costs(x), self.observed) + self.epsilon * kl
+        at_observed = self._observed_cost(x) + self.epsilon * kl
         for t, k in zip(self.inner._tau, marginals, strict=True):
             at_observed = at_observed + (0 if t is None else t * k)
         least = self.inner.value(x, y)
         if self.sharpening is not None:
             masses = jnp.sum(self.inner.a) * jnp.sum(self.inner.b)
-            least = least + self.sharpening * (jnp.sum(self.observed) - masses)
+            least = least + self.sharpening * (self.observed.sum() - masses)
         return at_observed - least
 
     def initial(self) -> tuple[Any, Any]:
@@ -213,7 +218,8 @@ class InverseOT(bilevel.AbstractBilevelProblem):
         cost, inner = self.inner.cost, self.inner
         if not isinstance(cost, LinearCost) or self._outer is not None:
             return None
-        observed = jnp.tensordot(cost.features, self.observed, 2)
+        matrix: Any = self.observed  # given features come with one
+        observed = jnp.tensordot(cost.features, matrix, 2)
         setting = joint.Setting(cost.features, observed, cost.shift, inner.a, inner.b, inner.epsilon, inner._tau)
         swap = len(inner.a) < len(inner.b)
         if swap:
@@ -254,7 +260,7 @@ class InverseOT(bilevel.AbstractBilevelProblem):
             )
         setting, swap = found
         return newton_joint(
-            setting, swap, theta, self._penalty, tol, max_steps, self._constant(), float(jnp.sum(self.observed)),
+            setting, swap, theta, self._penalty, tol, max_steps, self._constant(), float(self.observed.sum()),
             lambda local: self._refuse_flat("newton", local.hessian, local.raw),
         )  # fmt: skip
 
@@ -266,7 +272,7 @@ class InverseOT(bilevel.AbstractBilevelProblem):
         for t, k in zip(inner._tau, marginals, strict=True):
             total += 0.0 if t is None else float(t * k)
         if self.sharpening is not None:
-            total -= float(self.sharpening) * (float(jnp.sum(self.observed)) - masses)
+            total -= float(self.sharpening) * (float(self.observed.sum()) - masses)
         return total
 
     def before_minimizing(self, x, y):
@@ -284,15 +290,7 @@ class InverseOT(bilevel.AbstractBilevelProblem):
     def _refuse_flat(self, function: str, hessian: Array, raw: Array) -> None:
         if self._grows:
             return
-        direction = _flat_direction(hessian, raw)
-        if direction is not None:
-            words = " + ".join(f"{v:.3g} features[{k}]" for k, v in enumerate(direction) if abs(v) > 1e-6)
-            raise ValueError(
-                f"InverseOT.{function}: theta is not identified: the loss is flat along {words} (theta moved by "
-                f"{np.array2string(direction, precision=4)}): no coupling tells these features apart, or together they "
-                f"are a function of one side plus a function of the other. Remove a feature, or add a penalty such as "
-                f"L1(weight)."
-            )
+        refuse_flat(function, hessian, raw)
 
     def standard_errors(self, theta: Any, count: int | None = None) -> Float[Array, " K"]:
         """Standard errors of the minimizer theta of the gap, shape (K,), where the observation is a sample of pairs.
@@ -322,7 +320,7 @@ class InverseOT(bilevel.AbstractBilevelProblem):
         local = joint.local_at(setting, theta, y[0] if swap else y[1])
         self._refuse_flat("standard_errors", local.hessian, local.raw)
         inverse = jnp.linalg.inv(local.hessian)
-        scale = jnp.sum(self.observed) / count
+        scale = self.observed.sum() / count
         if self._empirical:
             return jnp.sqrt(jnp.diagonal(inverse) * self.inner.epsilon * scale)
         features = setting.features.reshape(len(theta), -1)
@@ -334,21 +332,3 @@ class InverseOT(bilevel.AbstractBilevelProblem):
         loss = "outer=…" if self._outer is not None else "gap" if self.sharpening is None else "sharpened gap"
         penalty = "" if self._penalty is None else f", penalty={type(self._penalty).__name__}"
         return f"InverseOT(theta of shape {jnp.shape(self._theta0)}, {self.inner!r}, {loss}{penalty})"
-
-
-# ------------------------------------------------------------------------------------------------ parts
-
-
-def _flat_direction(hessian: Any, raw: Any) -> np.ndarray | None:
-    """The direction of the smallest scaled eigenvalue where that is zero to round-off."""
-    H, raw = np.asarray(hessian), np.asarray(raw)
-    eps = float(np.finfo(H.dtype).eps)
-    if not np.all(raw > 0):
-        return np.eye(len(raw))[int(np.argmin(raw))]
-    scale = 1 / np.sqrt(raw)
-    values, vectors = np.linalg.eigh(H * scale[:, None] * scale[None, :])
-    if values[0] > 5e3 * eps * len(raw):
-        return None
-    direction = vectors[:, 0] * scale
-    direction = np.where(np.abs(direction) < 1e-6 * np.max(np.abs(direction)), 0, direction)
-    return direction / direction[np.argmax(np.abs(direction))]

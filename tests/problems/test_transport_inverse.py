@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 import bilevel
-from problems.transport import L1, Box, EntropicOT, Group, InverseOT, NuclearNorm, Sign, UnbalancedOT
+from problems.transport import (
+    L1,
+    Box,
+    EntropicOT,
+    Group,
+    InverseOT,
+    NuclearNorm,
+    PointCloudCost,
+    Sign,
+    UnbalancedOT,
+)
 from tests.problems._transport import derivative, kl, reference
 
 RNG = np.random.default_rng(4)
@@ -281,6 +291,30 @@ def test_features_may_be_a_function():
     given = problem("balanced", 0.3)
     np.testing.assert_allclose(iot.loss(THETA), given.loss(THETA), rtol=1e-10)
     np.testing.assert_allclose(iot.hessian(THETA), given.hessian(THETA), rtol=1e-6)
+
+
+def test_samples_of_point_clouds_need_no_matrix():
+    """The loss and its gradient are those of the matrix of frequencies."""
+    P, Q = RNG.normal(size=(N, 2)), RNG.normal(size=(M, 2))
+    pairs = RNG.integers(0, (N, M), size=(60, 2))
+    pairs = np.concatenate([pairs, np.stack([np.arange(N), np.arange(N) % M], axis=1)])  # every point is seen
+    cost = PointCloudCost(P, Q, "bilinear")
+    sparse = InverseOT.from_samples(cost, pairs, epsilon=EPSILON)
+    counts = np.zeros((N, M))
+    np.add.at(counts, tuple(pairs.T), 1.0)
+    dense = InverseOT(-np.einsum("ip,jq->pqij", P, Q).reshape(4, N, M), counts / len(pairs), epsilon=EPSILON)
+    A0 = jnp.asarray(RNG.normal(size=(2, 2)))
+    value, slope = jax.value_and_grad(sparse.loss)(A0)
+    expected, expected_slope = jax.value_and_grad(dense.loss)(A0.reshape(-1))
+    np.testing.assert_allclose(value, expected, rtol=1e-9)
+    np.testing.assert_allclose(slope.reshape(-1), expected_slope, rtol=1e-7, atol=1e-10)
+    assert sparse.count == len(pairs)
+    with pytest.raises(ValueError, match="`sharpening` and `outer` need the coupling as a matrix"):
+        InverseOT.from_samples(cost, pairs, epsilon=EPSILON, sharpening=0.5)
+    for kind, point in (("mahalanobis", jnp.eye(2)), (lambda x, p, q: jnp.sum(jnp.abs(x * (p - q))), jnp.ones(()))):
+        costs = PointCloudCost(P, Q, kind)
+        some = costs.pairs(point).at(jnp.asarray(pairs[:, 0]), jnp.asarray(pairs[:, 1]))
+        np.testing.assert_allclose(some, costs(point)[pairs[:, 0], pairs[:, 1]], rtol=1e-10)
 
 
 def test_single_precision():
