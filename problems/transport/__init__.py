@@ -1,6 +1,7 @@
 """Entropic optimal transport, balanced and unbalanced, as an inner problem; inverse optimal transport over it."""
 
 from . import gaussian
+from ._estimation import estimation
 from ._examples import examples
 from ._solvers import Automatic, SchurNewton, Sinkhorn
 from .clouds import PointCloudCost
@@ -21,6 +22,7 @@ __all__ = [
     "Sign",
     "Sinkhorn",
     "UnbalancedOT",
+    "estimation",
     "examples",
     "gaussian",
 ]

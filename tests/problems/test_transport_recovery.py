@@ -1,9 +1,11 @@
 """Statistics of inverse transport: error against sample size, and the support that the l1 penalty finds."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from problems.transport import L1, InverseOT
+import bilevel
+from problems.transport import L1, InverseOT, estimation
 from tests.problems._transport import reference
 
 RNG = np.random.default_rng(8)
@@ -58,3 +60,50 @@ def test_the_support_is_found_with_the_weight_of_theory():
         slope = np.asarray(result.gradient)
         assert np.max(np.abs(slope)) <= 3 * scale * (1 + 1e-6)
         np.testing.assert_allclose(slope[[0, 4]], -3 * scale * np.sign(TRUTH[[0, 4]]), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_weight_may_be_chosen_on_held_out_pairs():
+    """Inverse transport inside a bilevel problem: x is the logarithm of the l1 weight, the outer loss the gap of pairs
+    that the estimate has not seen. The best weight for that is known to keep too many features (it is chosen for
+    prediction); the largest one that is no worse by a standard error finds the support.
+    """
+    pi, size = coupling("balanced"), 100_000
+    train, held_out = (InverseOT(FEATURES, draw(pi, size, s), WEIGHTS, WEIGHTS, epsilon=EPSILON) for s in (0, 1))
+    inner = estimation(train, lambda x: L1(jnp.exp(x)))
+    # in units of the log-likelihood of all held-out pairs
+    problem = bilevel.BilevelProblem(inner, lambda x, y: size / EPSILON * held_out.outer(y[0], y[1:]))
+    theta0, potentials = train.initial()
+    start, x0 = (theta0, *potentials), jnp.log(jnp.asarray(0.02))
+
+    def refitted(x):
+        """The estimate with that weight by Newton's method, and the loss of a held-out pair, for each pair."""
+        problem = InverseOT(FEATURES, train.observed, WEIGHTS, WEIGHTS, epsilon=EPSILON, penalty=L1(np.exp(x)))
+        fit = problem.newton()
+        f, g = fit.y
+        return fit, np.tensordot(fit.x, FEATURES, 1) - np.vdot(f, WEIGHTS) - np.vdot(g, WEIGHTS)
+
+    mean = lambda losses: float(np.sum(losses * held_out.observed))
+    found = bilevel.hypergradient(problem, x0, start, rtol=1e-6)
+    difference = (mean(refitted(float(x0) + 1e-3)[1]) - mean(refitted(float(x0) - 1e-3)[1])) / 2e-3
+    np.testing.assert_allclose(found.gradient, size / EPSILON * difference, rtol=1e-4)
+
+    chosen = bilevel.minimize(problem, x0, start, tol=1e-3)
+    best, losses = refitted(float(chosen.x))
+    np.testing.assert_allclose(chosen.y[0], best.x, rtol=1e-5, atol=1e-8)
+    assert all(mean(refitted(float(chosen.x) + s)[1]) >= mean(losses) for s in (-0.7, 0.7))
+    assert {0, 4} <= set(np.flatnonzero(best.x))
+
+    x = float(chosen.x)
+    while True:  # up in steps of ten per cent
+        fit, other = refitted(x + 0.1)
+        worse = other - losses
+        error = np.sqrt((mean(worse**2) - mean(worse) ** 2) / size)
+        if mean(worse) > error:
+            break
+        x += 0.1
+    fit = refitted(x)[0]
+    assert set(np.flatnonzero(fit.x)) == {0, 4}
+    slope, weight = np.asarray(fit.gradient), np.exp(x)
+    assert np.max(np.abs(slope)) <= weight * (1 + 1e-6)
+    np.testing.assert_allclose(slope[[0, 4]], -weight * np.sign(TRUTH[[0, 4]]), rtol=1e-6)
