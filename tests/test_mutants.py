@@ -19,6 +19,7 @@ import pytest
 from bilevel import BilevelProblem, Composite, ConjugateGradient, FixedPoint, Minimization, Reparametrization, prox
 from bilevel import testing as checks
 from bilevel.problem import AbstractInner
+from problems import transport
 
 X, Y0 = jnp.array([0.3, -0.2]), jnp.zeros(2)
 
@@ -86,9 +87,25 @@ def matrixfree() -> tuple:
     return BilevelProblem(Matrixfree(tag=object()), outer()), X, Y0
 
 
+def transported() -> tuple:
+    """Entropic transport with concentrated weights and little entropy: from potentials that leave the weights out,
+    Newton's steps do not get there."""
+    costs = jnp.abs(jnp.arange(3.0)[:, None] - jnp.arange(3.0)) ** 1.5
+    ot = transport.EntropicOT(
+        lambda x: costs * jnp.exp(x[0]) + x[1] * jnp.sin(jnp.arange(9.0).reshape(3, 3)),
+        jnp.array([0.9, 0.05, 0.05]), jnp.array([0.05, 0.05, 0.9]), 0.1,
+    )  # fmt: skip
+    return BilevelProblem(ot, lambda x, y: jnp.sum(jnp.sqrt(ot.coupling(x, y)))), X, ot.initial()
+
+
 def hypergradient(case):
     problem, x, y0 = case
     checks.check_hypergradient(problem, x, y0, solver=stay, unique=False)
+
+
+def by_log_sweeps(case):
+    problem, x, y0 = case
+    assert checks.taylor_order(problem, x, y0, solver=transport.Sinkhorn("log")) >= 1.9
 
 
 def order_two(case):
@@ -314,6 +331,14 @@ MUTANTS = [
         "lambda _, z: outer(_, local.forward(jax.lax.stop_gradient(_), z))",
         reparametrization,
     ),
+    Mutant(
+        "log-domain update without its reference weights",
+        "problems.transport._pairs:Matrix.soft_min_and_terms",
+        "total = terms @ b",
+        "total = jnp.sum(terms, axis=1)",
+        by_log_sweeps,
+        transported,
+    ),
 ]
 
 CAUGHT: dict[str, str] = {}
@@ -373,11 +398,11 @@ def test_the_table_of_mutants(capsys):
             print(f"{name:<55} {check}")
 
 
-@pytest.mark.parametrize("case", [fixed_point, sliding, matrixfree, sparse])
+@pytest.mark.parametrize("case", [fixed_point, sliding, matrixfree, sparse, transported])
 def test_the_right_engine_passes(case, monkeypatch):
     """What the mutants above are held against, where `test_testing.py` does not have it."""
     few_dense(monkeypatch, case)
-    hypergradient(case())
+    (by_log_sweeps if case is transported else hypergradient)(case())
     if case is matrixfree:
         transforms(case())
     if case is sliding:
