@@ -34,7 +34,7 @@ class Kernel(eqx.Module):
     def columns(self, f: Float[Array, " n"], cost: Float[Array, "n m"] | None = None) -> Float[Array, " m"]:
         """log sum_i a_i exp((f_i - c_ij) / epsilon)."""
         cost = self.cost if cost is None else cost
-        return _log_sums(self.log_a + f / self.epsilon, cost.T)
+        return _log_sums(self.log_a + f / self.epsilon, cost, 0)
 
     def tilt(self, w: Float[Array, " m"], columns: Float[Array, " m"]) -> Float[Array, " m"]:
         """log of what b is multiplied with in the coupling, besides exp((f - c) / epsilon)."""
@@ -43,7 +43,7 @@ class Kernel(eqx.Module):
     def residual(self, w: Float[Array, " m"], f: Float[Array, " n"]) -> Float[Array, " n"]:
         """epsilon log(row sums / a) at f: zero at the solution, a contraction's step for ratio <= 1."""
         cost = self.cost
-        rows = _log_sums(self.log_b + self.tilt(w, self.columns(f, cost)), cost)
+        rows = _log_sums(self.log_b + self.tilt(w, self.columns(f, cost)), cost, 1)
         return f + self.epsilon * rows
 
     def log_density(self, w: Float[Array, " m"], f: Float[Array, " n"]) -> Float[Array, " m"]:
@@ -60,16 +60,28 @@ class Kernel(eqx.Module):
         right = self.log_b + self.tilt(w, self.columns(f, cost))
         return jnp.exp((self.log_a + f / self.epsilon)[:, None] + right[None, :] - cost)
 
+    def density_residual(self, w: Float[Array, " m"], u: Float[Array, " m"]) -> Float[Array, " m"]:
+        """u / ratio less the log-sums of the columns, with the f under which the rows are right: zero where u is the
+        log of the new weights divided by b. Its derivative in u is well scaled down to ratio = inf."""
+        rows = self._density_rows(w, u)
+        return u / self.ratio - (_log_sums(self.log_a - rows, self.cost, 0) - w / self.epsilon)
+
+    def density_coupling(self, w: Float[Array, " m"], u: Float[Array, " m"]) -> Float[Array, "n m"]:
+        """The coupling at u, its rows right."""
+        rows = self._density_rows(w, u)
+        return jnp.exp((self.log_a - rows)[:, None] + self._density_right(w, u)[None, :] - self.cost)
+
+    def _density_right(self, w, u):
+        return self.log_b - w / self.epsilon + (1 - 1 / self.ratio) * u
+
+    def _density_rows(self, w, u):
+        return _log_sums(self._density_right(w, u), self.cost, 1)
+
     def dual(self, w: Float[Array, " m"], f: Float[Array, " n"]) -> Float[Array, ""]:
         """<f, a> - kappa |new weights|: at the solution the value of the step, up to constants of (a, b, kappa)."""
         a = jnp.exp(self.log_a)
         mass = jnp.sum(self.weights(w, f))
         return jnp.sum(jnp.where(a > 0, f, 0) * a) - self.epsilon / self.ratio * (mass - jnp.sum(a))
-
-    def from_density(self, w: Float[Array, " m"], u: Float[Array, " m"]) -> Float[Array, " n"]:
-        """The potential f under which the rows are right, given the log-density u of the new weights."""
-        right = self.log_b - w / self.epsilon + (1 - 1 / self.ratio) * u
-        return -self.epsilon * _log_sums(right, self.cost)
 
 
 def half_squares(x: Float[Array, "n d"], z: Float[Array, "m d"]) -> Float[Array, "n m"]:
@@ -88,11 +100,14 @@ def log_weights(weights: Float[Array, " n"]) -> Float[Array, " n"]:
     return jnp.where(there, jnp.log(jnp.where(there, weights, 1)), -jnp.inf)
 
 
-def _log_sums(right: Float[Array, " m"], cost: Float[Array, "n m"]) -> Float[Array, " n"]:
-    """log sum_j exp(right_j - cost_ij), written so that derivatives in `right` are products with one matrix."""
-    fixed = lax.stop_gradient(right)
-    exponents = fixed[None, :] - cost
-    top = lax.stop_gradient(jnp.max(exponents, axis=1))
-    matrix = jnp.exp(exponents - top[:, None])
-    moved = jnp.where(jnp.isneginf(fixed), 1, jnp.exp(jnp.where(jnp.isneginf(fixed), 0, right - fixed)))
-    return jnp.log(matrix @ moved) + top
+def _log_sums(given: Float[Array, " k"], cost: Float[Array, "n m"], axis: int) -> Float[Array, " r"]:
+    """log of the sum over `axis` of exp(given - cost), `given` along that axis, written so that derivatives in `given`
+    are products with one matrix."""
+    along = (lambda v: v[:, None]) if axis == 0 else (lambda v: v[None, :])
+    across = (lambda v: v[None, :]) if axis == 0 else (lambda v: v[:, None])
+    fixed = lax.stop_gradient(given)
+    exponents = along(fixed) - cost
+    top = lax.stop_gradient(jnp.max(exponents, axis=axis))
+    matrix = jnp.exp(exponents - across(top))
+    moved = jnp.where(jnp.isneginf(fixed), 1, jnp.exp(jnp.where(jnp.isneginf(fixed), 0, given - fixed)))
+    return jnp.log(moved @ matrix if axis == 0 else matrix @ moved) + top

@@ -22,10 +22,12 @@ from ._snapshots import CLOSED, LIMIT, Steps
 
 
 class Point(NamedTuple):
-    """The loss, its gradient and the inner potentials at one theta; `error`: about what is wrong in the gradient."""
+    """The loss, its gradient and the inner potentials at one theta; `columns`: of `new_weights`, for each step;
+    `error`: about what is wrong in the gradient."""
 
     theta: np.ndarray
     y: Any
+    columns: tuple
     value: float
     gradient: np.ndarray
     error: float
@@ -59,34 +61,52 @@ def _piece(steps: Steps, t: int) -> Piece:
     return Piece(steps.kernel(t), steps.designs[t], offset, tau, b, steps.values[t], balanced, steps.mode)
 
 
-@eqx.filter_jit
 def _value(piece: Piece, theta, y, tol) -> tuple:
-    """Potential, loss, gradient and what round-off or tol leave wrong in it, for one step."""
-    tau, b, kernel, w = piece.tau, piece.b, piece.kernel, piece.work(theta)
-    centred = piece.design - b @ piece.design
+    """For one step: potential, how many steps it took, loss, gradient, what round-off or tol leave wrong in that, and
+    what `_curvature` wants to know of this point."""
     if piece.mode == LIMIT:
-        h = piece.balanced + w
-        mean = jnp.vdot(b, h)
-        return mean, 0.5 * jnp.vdot(b, jnp.square(h - mean)), tau * ((b * (h - mean)) @ centred), 0 * mean, 0
+        return _least_squares(piece, theta)
+    w = _work(piece, theta)
     if piece.mode == CLOSED:
-        f, size, count = y - kernel.residual(w, y), jnp.zeros((), w.dtype), 1
-    else:
-        f, size, count = potentials.find(kernel, w, y, tol * kernel.epsilon / tau)
-    p = kernel.weights(w, f)
-    value = jnp.vdot(b, w) + piece.constant - kernel.dual(w, f)
-    spread = jnp.sqrt(jnp.max(b @ centred**2))
-    return f, value, tau * ((b - p / jnp.sum(p)) @ centred), size * tau * spread / kernel.epsilon, count
+        f, size, count = potentials.explicit(piece.kernel, w), jnp.zeros((), w.dtype), 1
+    else:  # compiled apart, and shared with the balanced potentials
+        f, size, count = potentials.find(piece.kernel, w, y, tol * piece.kernel.epsilon / piece.tau)
+    return f, count, *_loss(piece, w, f, size)
 
 
 @eqx.filter_jit
-def _curvature(piece: Piece, theta, y, rtol) -> tuple:
+def _work(piece: Piece, theta):
+    return piece.work(theta)
+
+
+@eqx.filter_jit
+def _least_squares(piece: Piece, theta) -> tuple:
+    h, b = piece.balanced + piece.work(theta), piece.b
+    mean = jnp.vdot(b, h)
+    slope = piece.tau * ((b * (h - mean)) @ (piece.design - b @ piece.design))
+    return mean, 0, 0.5 * jnp.vdot(b, jnp.square(h - mean)), slope, 0 * mean, None
+
+
+@eqx.filter_jit
+def _loss(piece: Piece, w, f, size) -> tuple:
+    tau, b = piece.tau, piece.b
+    centred = piece.design - b @ piece.design
+    p, dual, columns = potentials.new_weights(piece.kernel, w, f)
+    spread = jnp.sqrt(jnp.max(b @ centred**2))
+    slope = tau * ((b - p / jnp.sum(p)) @ centred)
+    return jnp.vdot(b, w) + piece.constant - dual, slope, size * tau * spread / piece.kernel.epsilon, columns
+
+
+@eqx.filter_jit
+def _curvature(piece: Piece, theta, y, columns, rtol, guess) -> tuple:
     """Hessian and the derivative of the potential, for one step."""
     tau, design, b = piece.tau, piece.design, piece.b
     if piece.mode == LIMIT:
         centred = jnp.sqrt(b)[:, None] * (design - b @ design)
         H = tau**2 * (centred.T @ centred)
         return (H + H.T) / 2, tau * (b @ design)
-    return potentials.curvature(piece.kernel, piece.work(theta), y, tau * design, rtol)
+    closed = piece.mode == CLOSED
+    return potentials.curvature(piece.kernel, piece.work(theta), y, columns, tau * design, rtol, guess, closed)
 
 
 def gram(steps: Steps) -> np.ndarray:
@@ -110,33 +130,35 @@ def _joined(steps: Steps, parts: list) -> Any:
 def evaluate(steps: Steps, theta: np.ndarray, y: Any, tol: float) -> Point:
     """The loss at theta, its potentials found from y on, its gradient right to about tol where round-off allows."""
     at, dtype = jnp.asarray(theta, steps.epsilon.dtype), steps.epsilon.dtype
-    found, value, gradient, error, sweeps = [], 0.0, 0.0, 0.0, 0
+    found, sums, value, gradient, error, sweeps = [], [], 0.0, 0.0, 0.0, 0
     for t, part in enumerate(_parts(steps, y)):
-        f, loss, slope, wrong, count = _value(_piece(steps, t), at, part, jnp.asarray(tol, dtype))
+        f, count, loss, slope, wrong, columns = _value(_piece(steps, t), at, part, jnp.asarray(tol, dtype))
         found.append(f)
+        sums.append(columns)
         value, gradient = value + float(loss), gradient + np.asarray(slope, np.float64)
         error, sweeps = error + float(wrong), sweeps + int(count)
     eps = float(jnp.finfo(dtype).eps)
     error += eps * float(np.linalg.norm(gradient))
-    return Point(np.asarray(theta, np.float64), _joined(steps, found), value, np.asarray(gradient), error, sweeps)
+    there, y = np.asarray(theta, np.float64), _joined(steps, found)
+    return Point(there, y, tuple(sums), value, np.asarray(gradient), error, sweeps)
 
 
-def solved(steps: Steps, theta: Array) -> Any:
-    """The inner potentials at theta, to round-off."""
-    return evaluate(steps, np.asarray(theta), steps.initial(), 0.0).y
+def hessian(steps: Steps, theta: Array) -> Float[Array, "K K"]:
+    """The Hessian at theta, to round-off."""
+    return _second(steps, evaluate(steps, np.asarray(theta), steps.initial(), 0.0), 1e-12)[0]
 
 
-def hessian(steps: Steps, theta: Array, y: Any, rtol: float = 1e-12) -> Float[Array, "K K"]:
-    """The Hessian at theta, y its potentials."""
-    return _second(steps, theta, y, rtol)[0]
-
-
-def _second(steps: Steps, theta: Any, y: Any, rtol: float) -> tuple:
+def _second(steps: Steps, point: Point, rtol: float, guess: list | None = None) -> tuple:
+    """The Hessian, and the derivatives of the potentials; `guess`: those of a point nearby."""
     rtol = max(rtol, 4 * float(jnp.finfo(steps.epsilon.dtype).eps))
-    at = jnp.asarray(theta, steps.epsilon.dtype)
+    at = jnp.asarray(point.theta, steps.epsilon.dtype)
     parts = [
-        _curvature(_piece(steps, t), at, part, jnp.asarray(rtol, at.dtype)) for t, part in enumerate(_parts(steps, y))
-    ]
+        _curvature(
+            _piece(steps, t), at, part, point.columns[t], jnp.asarray(rtol, at.dtype),
+            jnp.zeros((len(steps.sources[t]), len(at)), at.dtype) if guess is None else guess[t],
+        )
+        for t, part in enumerate(_parts(steps, point.y))
+    ]  # fmt: skip
     return sum(part[0] for part in parts), [part[1] for part in parts]
 
 
@@ -155,9 +177,9 @@ def minimize(owner: str, steps: Steps, penalty: Any, theta: Array, tol: float, m
     value_of = lambda p: p.value + (0.0 if penalty is None else float(penalty.value(jnp.asarray(p.theta, dtype))))
     size_of = lambda p: _optimality(p, penalty, dtype)
     here = evaluate(steps, np.asarray(theta), steps.initial(), 1e-2 * tol)
-    history, evaluations, stuck = [_state(0, here, value_of(here), dtype)], here.sweeps, False
+    history, evaluations, stuck, slopes = [_state(0, here, value_of(here), dtype)], here.sweeps, False, None
     while size_of(here) > tol and len(history) <= max_steps and not stuck:
-        matrix, slopes = _second(steps, here.theta, here.y, 1e-5)
+        matrix, slopes = _second(steps, here, 1e-5, slopes)
         H = np.asarray(matrix, np.float64)
         goal = _newton_point(H, here.gradient, penalty) if penalty is None else _proximal_point(here, H, penalty)
         move = goal - (0.0 if penalty is None else here.theta)

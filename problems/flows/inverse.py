@@ -54,7 +54,8 @@ class InverseJKO(bilevel.AbstractBilevelProblem):
 
     **Raises:** ValueError, TypeError naming the argument: fewer than two snapshots, an empty one, different dimensions,
     NaN, numbers that are not positive, features that are NaN or -inf on a snapshot; `NotConverged` where the transport
-    between two snapshots cannot be solved. `newton` raises ValueError for features that the data cannot tell apart.
+    between two snapshots cannot be solved. `newton` and `bilevel.minimize` raise ValueError for features that the data
+    cannot tell apart.
     """
 
     inner: Steps
@@ -115,6 +116,12 @@ class InverseJKO(bilevel.AbstractBilevelProblem):
         """The loss at inner potentials y, summed over steps."""
         return sum(self.inner.loss(x, y, t) for t in range(self.inner.count))  # type: ignore[return-value]
 
+    def before_minimizing(self, x, y):
+        """Raises ValueError where the data cannot tell linear features apart, with the flat direction."""
+        if self.penalty_ is None and self.inner.designs is not None:
+            eps = float(jnp.finfo(self.epsilon.dtype).eps)
+            newton.check_identified(f"{OWNER}, bilevel.minimize", newton.gram(self.inner), eps)
+
     @property
     def prox(self):
         return None if self.penalty_ is None else self.penalty_.prox
@@ -155,7 +162,7 @@ class InverseJKO(bilevel.AbstractBilevelProblem):
         """The Hessian of `loss`, shape (K, K), exact: (6.4) of docs/theory/flows.md."""
         self._needs_linear("hessian")
         theta = jnp.asarray(theta, self.epsilon.dtype)
-        return newton.hessian(self.inner, theta, newton.solved(self.inner, theta))
+        return newton.hessian(self.inner, theta)
 
     def conditioning(self, theta: Any) -> float:
         """The 2-norm condition number of `hessian`: what sharpening changes, for better or worse."""

@@ -330,6 +330,11 @@ def test_collinear_features_are_named_with_the_flat_direction():
     with pytest.raises(ValueError, match="number 1 is constant on the snapshots"):
         flows.InverseJKO(CLOUDS, constant, TAU, EPSILON).newton()
     assert flows.InverseJKO(CLOUDS, constant, TAU, EPSILON, penalty=flows.L1(1e-3)).newton().converged
+    model = flows.InverseJKO(CLOUDS, twins, TAU, EPSILON)
+    with pytest.raises(ValueError, match=r"bilevel.minimize: .* flat direction theta = \+1 e_0 -0.5 e_2"):
+        bilevel.minimize(model, *model.initial())
+    H = np.asarray(model.hessian(jnp.ones(3)))
+    np.testing.assert_allclose(H @ [1, 0, -0.5], 0, atol=1e-12)
 
 
 def test_wrong_shapes_and_types():
