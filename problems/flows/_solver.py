@@ -29,7 +29,7 @@ class Identity(AbstractLinearSolver):
 
 
 class StepSolver(AbstractSolver):
-    """The potential f of a `Kernel` without interaction.
+    """The potential f, or the log-density u, of a `Kernel` without interaction.
 
     kappa = epsilon: closed form. Otherwise Newton's steps in the log-density of the new weights, in which nothing is
     stiff, from the closed form on; a small kappa is reached through a sequence of larger ones, a few steps each.
@@ -40,12 +40,12 @@ class StepSolver(AbstractSolver):
         if inner.closed:
             one = jnp.asarray(1)
             return Found(y0 - kernel.residual(w, y0), one, one)
-        f, count = descend(kernel, w, tol)
-        return Found(f, count, count)
+        u, count = descend(kernel, w, tol)
+        return Found(u, count, count)
 
 
 def descend(kernel: Kernel, w: jax.Array, tol: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """f, its residual below tol where round-off allows, and the steps it took.
+    """u, its residual below tol where round-off allows, and the steps it took.
 
     Newton in u, the log-density, for k = kappa / epsilon, one after another. The equation is
     k u = log sum_i a_i exp((f_i(u) - c_ij - w_j) / epsilon), its Jacobian k I + (1 - k) Q R with the conditional laws
@@ -55,7 +55,7 @@ def descend(kernel: Kernel, w: jax.Array, tol: jax.Array) -> tuple[jax.Array, ja
     cost, m = kernel.cost, len(w)
     last = 1 / kernel.ratio
     end = 1e-6 if jnp.finfo(dtype).bits >= 64 else 1e-3  # of |k u - …| in each stage but the last
-    least = jnp.minimum(tol * last / kernel.epsilon, end)
+    least = jnp.minimum(tol, end)
     floor = 10 * jnp.finfo(dtype).eps
 
     def laws(u, k):
@@ -101,4 +101,4 @@ def descend(kernel: Kernel, w: jax.Array, tol: jax.Array) -> tuple[jax.Array, ja
     explicit = -laws(jnp.zeros_like(w), one)[0]
     start = jnp.where(last < 1, jnp.maximum(one / FACTOR, last), last)
     u, _, _, count = lax.while_loop(unfinished, body, (explicit, start, jnp.asarray(False), jnp.asarray(0)))
-    return -kernel.epsilon * laws(u, last)[1], count
+    return u, count

@@ -36,13 +36,12 @@ class JKOStep(bilevel.AbstractInner):
     means kappa = epsilon, the explicit step (a softmax for each source point). kappa > epsilon is transport with a
     soft second marginal; kappa < epsilon, 0 included, is the fixed point of the theory page. In floating point the
     smallest kappa is 1e-6 epsilon (float32: 2e-3 epsilon): a smaller one is taken as that, which moves the result by
-    about as much; near it the error that `hypergradient` reports is far above the true one, because its gradient is a
-    difference of terms as large as epsilon / kappa. `interaction(x, r) -> scalar`, r = z - z' of shape (d,): adds
+    about as much. `interaction(x, r) -> scalar`, r = z - z' of shape (d,): adds
     step_size / 2 times the integral of U(z - z') under mu and mu; its odd part is no energy and is left out.
 
-    y is the potential f of the source, shape (n,), also where it has a closed form; with an interaction y is
-    (f, mean field), shapes (n,) and (m,). All arrays, epsilon, kappa and the step size are leaves and may be traced;
-    `bilevel.solve` is differentiable in all of them.
+    y is the potential f of the source, shape (n,), where it has a closed form (kappa = epsilon); otherwise u, the log
+    of the next weights over b, shape (m,); with an interaction (u, mean field), both (m,). All arrays, epsilon, kappa
+    and the step size are leaves and may be traced; `bilevel.solve` is differentiable in all of them.
 
     **Raises:** ValueError, TypeError naming the argument: empty or non-finite points, other dimensions, weights that
     are negative or too few, numbers that are not positive; when used, a potential that is NaN or -inf on the support.
@@ -119,16 +118,19 @@ class JKOStep(bilevel.AbstractInner):
         return self.step_size * (values if field is None else values + field)
 
     def optimality(self, x: PyTree, y: PyTree) -> PyTree:
-        """epsilon log(row sums of the coupling / a), in the unit of f; with an interaction also field - U * mu."""
-        f, field = self._parts(y)
-        w = self.work(x, field)
-        rows = self.kernel.residual(w, f)
-        if field is None:
-            return rows
-        return rows, field - self._field(x, self.kernel.weights(w, f))
+        """f: epsilon log(row sums of the coupling / a); u: (kappa / epsilon) u less the log-sums that it should be;
+        with an interaction also field - U * mu."""
+        if self.closed:
+            return self.kernel.residual(self.work(x), y)
+        u, field = self._parts(y)
+        rest = self.kernel.density_residual(self.work(x, field), u)
+        return rest if field is None else (rest, field - self._field(x, self._weights(u)))
 
     def _parts(self, y):
         return (y, None) if self._interaction is None else y
+
+    def _weights(self, u):
+        return jnp.exp(self.kernel.log_b + u)
 
     def _field(self, x, mu):
         pairs = jax.vmap(lambda z: jax.vmap(lambda other: self._interaction(x, z - other))(self.support))(self.support)
@@ -138,18 +140,21 @@ class JKOStep(bilevel.AbstractInner):
 
     def initial(self) -> PyTree:
         """Zeros of y's structure."""
-        f = jnp.zeros_like(self.source_weights)
-        return f if self._interaction is None else (f, jnp.zeros_like(self.support_weights))
+        if self.closed:
+            return jnp.zeros_like(self.source_weights)
+        u = jnp.zeros_like(self.support_weights)
+        return u if self._interaction is None else (u, u)
 
     def coupling(self, x: PyTree, y: PyTree) -> Float[Array, "n m"]:
         """The coupling of source and support, shape (n, m)."""
-        f, field = self._parts(y)
-        return self.kernel.coupling(self.work(x, field), f)
+        if self.closed:
+            return self.kernel.coupling(self.work(x), y)
+        u, field = self._parts(y)
+        return self.kernel.density_coupling(self.work(x, field), u)
 
     def next_weights(self, x: PyTree, y: PyTree) -> Float[Array, " m"]:
         """The weights after the step, shape (m,): the column sums of `coupling`."""
-        f, field = self._parts(y)
-        return self.kernel.weights(self.work(x, field), f)
+        return self.kernel.weights(self.work(x), y) if self.closed else self._weights(self._parts(y)[0])
 
     # ------------------------------------------------------------------------------------------------ for the engine
 
@@ -162,11 +167,13 @@ class JKOStep(bilevel.AbstractInner):
         return StepSolver() if self._interaction is None else None
 
     def size_of_error(self, x, y, residual, step):
-        """The step against f, round-off allowed for: for kappa < epsilon it grows like (epsilon / kappa)^(1/2)."""
-        if self.internal is None or self._interaction is not None:
+        """The step in u where there is mass: elsewhere u is as large as epsilon / kappa, and nobody needs it. Round-off
+        is allowed for: for kappa < epsilon it grows."""
+        if self.closed or self._interaction is not None:
             return None
-        grows = jnp.sqrt(jnp.maximum(self.kernel.ratio, 1))
-        return jnp.linalg.norm(step), jnp.linalg.norm(y) * grows
+        roots = jnp.sqrt(self._weights(y))
+        grows = jnp.sqrt(jnp.maximum(self.kernel.ratio, 1)) * jnp.linalg.norm(roots)
+        return jnp.linalg.norm(roots * step), jnp.maximum(jnp.linalg.norm(roots * y), grows)
 
     def check(self, x, y):
         """Raises ValueError where the potential is no scalar, or NaN or -inf on the support."""

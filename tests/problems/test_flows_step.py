@@ -122,7 +122,10 @@ def test_a_step_on_a_grid_is_the_closed_form(internal):
 
     # the derivative of a moment in the curvature
     problem = bilevel.BilevelProblem(step, SecondMoment(step))
-    gradient = bilevel.estimate(problem, x, found.y).gradient
+    result = bilevel.estimate(problem, x, found.y)
+    assert result.converged
+    assert result.error < 3e-6 * abs(result.gradient)  # kappa = 0 too, where round-off is amplified
+    gradient = result.gradient
 
     def closed(q):
         mean, covariance = flows.gaussian.entropic_jko_step(
