@@ -57,6 +57,11 @@ class LinearSystem(NamedTuple):
         return v if self.gauge is None else v - self.gauge(v)
 
 
+def hessian_matrix(function: Callable[[jax.Array], jax.Array], point: jax.Array) -> jax.Array:
+    """The dense Hessian, shape (n, n), of a scalar function of a vector: for operators that problems declare."""
+    return jax.hessian(function)(point)
+
+
 def linear_system(inner, x: PyTree, y: PyTree, *, lower: bool = False) -> tuple[jax.Array, LinearSystem]:
     """F(x, y), flat, and dF/dy there, linearized once (each product is then one pass forward and one back).
 
@@ -79,10 +84,8 @@ def linear_system(inner, x: PyTree, y: PyTree, *, lower: bool = False) -> tuple[
     gauge = defect = None
     if inner.gauge_part(x, y) is not None:  # shift the flat directions away from zero: a solve on the quotient
         gauge = lambda v: ravel_like(inner.gauge_part(x, unravel(v)), flat.dtype)
-        size, defect = _along(mv, gauge, flat)
+        size, defect = size_along(mv, gauge, flat)
         mv, rmv = _shifted(mv, gauge, size), _shifted(rmv, gauge, size)
-        if operator is not None:
-            operator = _operator_shifted(operator, inner, x, y, size)
     low = None
     if lower:
         low = lambda: linear_system(precision.lowered(inner), precision.lowered(x), precision.lowered(y))[1]
@@ -105,7 +108,7 @@ def linear_system(inner, x: PyTree, y: PyTree, *, lower: bool = False) -> tuple[
     return residual, system
 
 
-def _along(mv, gauge, flat) -> tuple[jax.Array, jax.Array]:
+def size_along(mv, gauge, flat) -> tuple[jax.Array, jax.Array]:
     """The size of the matrix on a probe off the gauge, and on one along it relative to that."""
     probe = jnp.cos(jnp.arange(1, flat.size + 1, dtype=flat.dtype))
     along = gauge(probe)
@@ -119,16 +122,6 @@ def _along(mv, gauge, flat) -> tuple[jax.Array, jax.Array]:
 def _shifted(mv, gauge, size):
     """mv + size * (projector on the gauge)."""
     return lambda v: mv(v) + size * gauge(v)
-
-
-def _operator_shifted(operator, inner, x, y, size) -> lx.AbstractLinearOperator:
-    """The declared operator, shifted in the same way."""
-    tags = ((lx.symmetric_tag,) if inner.symmetric else ()) + (
-        (lx.positive_semidefinite_tag,) if inner.definite else ()
-    )
-    add = lambda a, b: a + size.astype(a.dtype) * b.astype(a.dtype)
-    moved = lambda v: jax.tree.map(add, operator.mv(v), inner.gauge_part(x, v))
-    return lx.FunctionLinearOperator(moved, jax.eval_shape(lambda: y), tags=tags)
 
 
 def _check_operator(operator, size: int) -> None:

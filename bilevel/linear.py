@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 
 from ._dense import factor_definite, factor_general
 from ._precision import worth_lowering
-from ._system import LinearSystem, linear_system, spectral_norm
+from ._system import LinearSystem, linear_system, size_along, spectral_norm
 from ._trees import ravel_like
 from .errors import Status
 from .krylov import conjugate_gradient
@@ -314,12 +314,22 @@ class Lineax(AbstractLinearSolver):
     solver: lx.AbstractLinearSolver
 
     def _operator(self, system):
-        if system.operator is not None:
-            return system.operator
+        declared = system.operator
+        if self._declared(system):
+            return declared
         tags = [lx.symmetric_tag] if system.symmetric else []
         tags += [lx.positive_semidefinite_tag] if system.definite else []
         shape = jax.ShapeDtypeStruct((system.size,), system.dtype)
-        return lx.FunctionLinearOperator(system.mv, shape, tags=tuple(tags))
+        if declared is None:
+            return lx.FunctionLinearOperator(system.mv, shape, tags=tuple(tags))
+        # singular along the gauge: shifted there, as the products of the system are
+        flat = lambda v: ravel_like(declared.mv(system.unravel(v)), v.dtype)
+        size, _ = size_along(flat, system.gauge, jnp.zeros((system.size,), system.dtype))
+        moved = lambda v: flat(v) + size * system.gauge(v)
+        return lx.FunctionLinearOperator(moved, shape, tags=tuple(tags))
+
+    def _declared(self, system) -> bool:
+        return system.operator is not None and system.gauge is None
 
     @property
     def limited(self):
@@ -328,7 +338,7 @@ class Lineax(AbstractLinearSolver):
     def prepare(self, system):
         operator = self._operator(system)
         mv = system.mv
-        if system.operator is not None:  # its products are the cheap ones
+        if self._declared(system):  # its products are the cheap ones
             mv = lambda v: ravel_like(operator.mv(system.unravel(v)), v.dtype)
         return operator, self.solver.init(operator, {}), _curvature_of(system, mv)
 
@@ -337,7 +347,7 @@ class Lineax(AbstractLinearSolver):
         if transpose:
             operator = operator.transpose()
             prepared, _ = self.solver.transpose(prepared, {})
-        flat = system.operator is None
+        flat = not self._declared(system)
 
         def apply(r):
             out = lx.linear_solve(operator, r if flat else system.unravel(r), self.solver, state=prepared, throw=False)

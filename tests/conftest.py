@@ -44,23 +44,18 @@ def getkey(request: pytest.FixtureRequest) -> Callable[[], jax.Array]:
     return lambda: jax.random.fold_in(key, next(count))
 
 
-_tests_run = 0
-
-
-def _memory_maps() -> int:
-    try:
-        with open("/proc/self/maps", "rb") as maps:
-            return sum(1 for _ in maps)
-    except OSError:  # no Linux, and no such limit
-        return 0
+_since_cleared = 0
 
 
 @pytest.fixture(autouse=True)
 def _few_programs_alive():
-    """Drops compiled programs when there are many: each holds memory maps, of which Linux allows a process 65,530,
-    and ends it without a word beyond."""
-    global _tests_run
+    """Drops compiled programs now and then: each holds memory maps, of which a process may have some ten thousands.
+
+    More seldom is slower: the garbage collector then walks through all that tracing left behind.
+    """
+    global _since_cleared
     yield
-    _tests_run += 1
-    if _tests_run % 4 == 0 and _memory_maps() > 20_000:
+    _since_cleared += 1
+    if _since_cleared >= 12:
+        _since_cleared = 0
         jax.clear_caches()

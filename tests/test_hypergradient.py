@@ -265,6 +265,7 @@ def test_the_gradients_own_derivative_is_the_hyper_hessian():
     np.testing.assert_allclose(jax.jacrev(gradient)(CASE.x), forward, atol=1e-8)
 
 
+@pytest.mark.slow  # `solve` does the same in test_solve.py
 def test_closures_over_traced_values():
     f, G = CASE.problem.inner.objective, CASE.problem.outer
 

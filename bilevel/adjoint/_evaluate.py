@@ -59,8 +59,9 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
         asked, rest = rest, g_y - system.rmv(v)
         quality = jnp.zeros((), flat.dtype)
         if solver.keeps:
-            off = _ratio(system.off_gauge(residual) - system.mv(step), residual)
-            quality = jnp.maximum(_ratio(rest, asked), off)
+            missing = system.off_gauge(residual) - system.mv(step)
+            quality = jnp.maximum(_ratio(rest, asked), _ratio(missing, residual))
+            step = step + system.off_gauge(approximate(missing, rtol=rough).value)  # the product was taken anyway
         tangent = turned(v, step)
         second = approximate(rest, rtol=sweep, transpose=True)
         adjoint = refine(
@@ -69,6 +70,12 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
         )  # fmt: skip
         back = system.off_gauge(tangent[1] - adjoint.residual)
         turn = approximate(back, rtol=rough, transpose=True)
+        if solver.keeps:  # a state made elsewhere is wrong by up to its quality, and parts of the vector may cancel
+
+            def again():
+                return turn.value + approximate(back - system.rmv(turn.value), rtol=rough, transpose=True).value
+
+            turn = turn._replace(value=lax.cond(quality > 0.01, again, lambda: turn.value))
     else:
         adjoint = named[0].solve(named[1], system, g_y, transpose=True, rtol=rtol, guess=guess)
         step = solver.approximate(state, system, system.off_gauge(residual), rtol=rough)
@@ -115,12 +122,17 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
 
 
 def _changes_along(system, outer, x, flat, value):
-    """Whether G is another at a point moved along the gauge: its slope may vanish there at this y by accident."""
-    ways = system.gauge(jnp.cos(jnp.arange(1, flat.size + 1, dtype=flat.dtype)))
-    length = jnp.linalg.norm(ways)
-    ways = ways * jnp.where(length > 0, jnp.maximum(1, jnp.linalg.norm(flat)) / length, 0)
-    there = outer(x, flat + ways)
-    return jnp.abs(there - value) > jnp.sqrt(jnp.finfo(flat.dtype).eps) * (jnp.abs(there) + jnp.abs(value))
+    """Whether G is another at a point moved along the gauge (its slope may vanish there at this y by accident), by
+    more than the round-off of what as long a move off the gauge changes."""
+    probe = jnp.cos(jnp.arange(1, flat.size + 1, dtype=flat.dtype))
+    size = jnp.maximum(1, jnp.linalg.norm(flat))
+
+    def change(way):
+        length = jnp.linalg.norm(way)
+        return jnp.abs(outer(x, flat + way * jnp.where(length > 0, size / length, 0)) - value)
+
+    along, off = change(system.gauge(probe)), change(system.off_gauge(probe))
+    return along > jnp.sqrt(jnp.finfo(flat.dtype).eps) * (off + jnp.abs(value))
 
 
 def _without_noise(problem, x, flat, unravel, value, g_y):

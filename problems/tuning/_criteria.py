@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from bilevel._system import hessian_matrix
+
 from . import _data
 from ._folds import folds
 
@@ -144,7 +146,7 @@ class CrossValidation(AbstractCriterion):
                 w = flat.reshape(self.start.shape)
                 return jnp.vdot(weight, losses(X, w, targets)) + penalty(w)
 
-            return jax.hessian(objective)(w.reshape(-1))
+            return hessian_matrix(objective, w.reshape(-1))
 
         return self._each(one)(self.X, self.targets, y, self.train)
 
