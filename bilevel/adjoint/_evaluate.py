@@ -59,9 +59,8 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
         asked, rest = rest, g_y - system.rmv(v)
         quality = jnp.zeros((), flat.dtype)
         if solver.keeps:
-            missing = system.off_gauge(residual) - system.mv(step)
-            quality = jnp.maximum(_ratio(rest, asked), _ratio(missing, residual))
-            step = step + system.off_gauge(approximate(missing, rtol=rough).value)  # the product was taken anyway
+            off = _ratio(system.off_gauge(residual) - system.mv(step), residual)
+            quality = jnp.maximum(_ratio(rest, asked), off)
         tangent = turned(v, step)
         second = approximate(rest, rtol=sweep, transpose=True)
         adjoint = refine(
@@ -70,12 +69,6 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
         )  # fmt: skip
         back = system.off_gauge(tangent[1] - adjoint.residual)
         turn = approximate(back, rtol=rough, transpose=True)
-        if solver.keeps:  # a state made elsewhere is wrong by up to its quality, and parts of the vector may cancel
-
-            def again():
-                return turn.value + approximate(back - system.rmv(turn.value), rtol=rough, transpose=True).value
-
-            turn = turn._replace(value=lax.cond(quality > 0.01, again, lambda: turn.value))
     else:
         adjoint = named[0].solve(named[1], system, g_y, transpose=True, rtol=rtol, guess=guess)
         step = solver.approximate(state, system, system.off_gauge(residual), rtol=rough)
