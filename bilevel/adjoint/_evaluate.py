@@ -73,7 +73,7 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
         adjoint = named[0].solve(named[1], system, g_y, transpose=True, rtol=rtol, guess=guess)
         step = solver.approximate(state, system, system.off_gauge(residual), rtol=rough)
         first = second = forward = step
-        step, quality, rest = system.off_gauge(step.value), jnp.zeros((), flat.dtype), adjoint.residual
+        step, quality = system.off_gauge(step.value), jnp.zeros((), flat.dtype)
         tangent = turned(system.off_gauge(adjoint.value), step)
         back = system.off_gauge(tangent[1] - adjoint.residual)
         turn = solver.approximate(state, system, back, rtol=rough, transpose=True)

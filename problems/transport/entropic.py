@@ -22,7 +22,7 @@ from ._sweeps import Dual
 from ._trouble import trouble_with_costs
 
 
-class AbstractTransport(bilevel.AbstractInner):
+class AbstractTransport(bilevel.AbstractMinimization):
     """What balanced and unbalanced transport share: everything but the constructor.
 
     The dual, for potentials y = (f, g), with phi(f; a, t) = t sum_i a_i (1 - exp(-f_i / t)), at t = inf <f, a>:
@@ -94,18 +94,6 @@ class AbstractTransport(bilevel.AbstractInner):
         first = rows - self.a * _decay(p.f, self._tau[0])
         second = columns - self.b * _decay(p.g, self._tau[1])
         return jnp.where(p.use_f, first, p.own_f), jnp.where(p.use_g, second, p.own_g)
-
-    @property
-    def minimizes(self):
-        return True
-
-    @property
-    def symmetric(self):
-        return True
-
-    @property
-    def definite(self):
-        return True
 
     @property
     def linear_solver(self):

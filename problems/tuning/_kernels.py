@@ -77,7 +77,7 @@ def rows(owner: str, X: Any, y: Any, X_val: Any, y_val: Any, cv: Any, *, formula
     return Rows(X, y, jnp.asarray(train, X.dtype), jnp.asarray(judge, X.dtype), "folds")
 
 
-class Coefficients(bilevel.AbstractInner):
+class Coefficients(bilevel.AbstractMinimization):
     """(K + alpha / r) c = b on the rows that are trained on (r times), c = 0 on the others: in every fold the minimum
     of
 
@@ -108,13 +108,6 @@ class Coefficients(bilevel.AbstractInner):
 
         return jnp.sum(jax.vmap(one)(y if rows.folded else y[None], rows.train))
 
-    @property
-    def _minimization(self):
-        return bilevel.Minimization(self.objective)
-
-    def optimality(self, x, y):
-        return self._minimization.optimality(x, y)
-
     def objective_at(self, x, y):
         return self.objective(x, y)
 
@@ -128,23 +121,11 @@ class Coefficients(bilevel.AbstractInner):
             raise ValueError(
                 f"the hyperparameters x (logarithms of {what}) must have shape ({size},), found {jnp.shape(x)}."
             )
-        self._minimization.check(x, y)
+        super().check(x, y)
 
     def initial(self):
         """Zeros, one for each row (and fold)."""
         return self.rows.initial()
-
-    @property
-    def minimizes(self):
-        return True
-
-    @property
-    def symmetric(self):
-        return True
-
-    @property
-    def definite(self):
-        return True
 
     def operator_at(self, x, y):
         return None if self.linear_solver is None else FoldHessian(self, x, y)

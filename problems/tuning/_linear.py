@@ -19,7 +19,7 @@ from ._foldwise import FoldHessian, Foldwise
 from ._penalties import AbstractPenalties
 
 
-class Training(bilevel.AbstractInner):
+class Training(bilevel.AbstractMinimization):
     """Minimize over the weights the mean training loss plus a quadratic penalty, in every fold.
 
     A `bilevel.Minimization` that knows where to start and that folds do not interact.
@@ -33,34 +33,12 @@ class Training(bilevel.AbstractInner):
         """The objective, summed over folds."""
         return self.criterion.training(at(x, self.losses), lambda w: self.penalties.ridge(x, w), y)
 
-    @property
-    def _minimization(self) -> bilevel.Minimization:
-        return bilevel.Minimization(self.objective)
-
-    def optimality(self, x, y):
-        return self._minimization.optimality(x, y)
-
     def objective_at(self, x, y):
         return self.objective(x, y)
-
-    def check(self, x, y):
-        self._minimization.check(x, y)
 
     def initial(self):
         """The weights to start from, with a leading fold axis where there are folds."""
         return self.criterion.initial()
-
-    @property
-    def minimizes(self):
-        return True
-
-    @property
-    def symmetric(self):
-        return True
-
-    @property
-    def definite(self):
-        return True
 
     @property
     def _foldwise(self) -> bool:

@@ -16,7 +16,7 @@ import bilevel
 from . import _data
 
 
-class Denoiser(bilevel.AbstractInner):
+class Denoiser(bilevel.AbstractMinimization):
     """Minimize over images u, given noisy ones b,
 
         1/2 |u - b|^2 + sum_k exp(w_k) sum over pixels of sqrt(delta^2 + (f_k * u)^2),
@@ -39,13 +39,6 @@ class Denoiser(bilevel.AbstractInner):
         roughness = jnp.sum(jnp.sqrt(self.delta**2 + jnp.square(answers)), axis=(0, 2, 3))
         return 0.5 * jnp.sum(jnp.square(y - self.noisy)) + jnp.vdot(jnp.exp(x[:, 0]), roughness)
 
-    @property
-    def _minimization(self):
-        return bilevel.Minimization(self.objective)
-
-    def optimality(self, x, y):
-        return self._minimization.optimality(x, y)
-
     def objective_at(self, x, y):
         return self.objective(x, y)
 
@@ -55,23 +48,11 @@ class Denoiser(bilevel.AbstractInner):
             raise ValueError(f"the hyperparameters x must have shape (filters, {columns}), found {jnp.shape(x)}.")
         if jnp.shape(y) != self.noisy.shape:
             raise ValueError(f"the images y must have shape {self.noisy.shape}, found {jnp.shape(y)}.")
-        self._minimization.check(x, y)
+        super().check(x, y)
 
     def initial(self):
         """The noisy images."""
         return self.noisy
-
-    @property
-    def minimizes(self):
-        return True
-
-    @property
-    def symmetric(self):
-        return True
-
-    @property
-    def definite(self):
-        return True
 
 
 class DenoisingTuning(bilevel.AbstractBilevelProblem):
