@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array
 
 from bilevel._dense import factor_definite
+from bilevel._operators import register_definite
 from bilevel.errors import Status
 from bilevel.krylov import conjugate_gradient
 from bilevel.linear import AbstractLinearSolver, Direct, LinearSolution, refine
@@ -72,16 +73,11 @@ class DualHessian(lx.AbstractLinearOperator):
         return self.in_structure()
 
 
-for _ask, _answer in (
-    (lx.is_symmetric, True), (lx.is_positive_semidefinite, True), (lx.is_negative_semidefinite, False),
-    (lx.is_diagonal, False), (lx.is_tridiagonal, False), (lx.is_lower_triangular, False),
-    (lx.is_upper_triangular, False), (lx.has_unit_diagonal, False),
-):  # fmt: skip
-    _ask.register(DualHessian)(lambda operator, answer=_answer: answer)
-lx.linearise.register(DualHessian)(lambda operator: operator)
-lx.materialise.register(DualHessian)(lambda operator: operator)
-lx.conj.register(DualHessian)(lambda operator: operator)
-lx.diagonal.register(DualHessian)(lambda operator: jnp.concatenate([operator.first, operator.second]))
+register_definite(
+    DualHessian,
+    materialise=lambda operator: operator,
+    diagonal=lambda operator: jnp.concatenate([operator.first, operator.second]),
+)
 
 
 class _Scaled(eqx.Module):

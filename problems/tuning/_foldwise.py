@@ -11,6 +11,7 @@ import lineax as lx
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
+from bilevel._operators import register_definite
 from bilevel.errors import Status
 from bilevel.linear import AbstractLinearSolver, Direct
 
@@ -63,16 +64,11 @@ class FoldHessian(lx.AbstractLinearOperator):
         return self.in_structure()
 
 
-for _ask, _answer in (
-    (lx.is_symmetric, True), (lx.is_positive_semidefinite, True), (lx.is_negative_semidefinite, False),
-    (lx.is_diagonal, False), (lx.is_tridiagonal, False), (lx.is_lower_triangular, False),
-    (lx.is_upper_triangular, False), (lx.has_unit_diagonal, False),
-):  # fmt: skip
-    _ask.register(FoldHessian)(lambda operator, answer=_answer: answer)
-lx.linearise.register(FoldHessian)(lambda operator: operator)
-lx.materialise.register(FoldHessian)(lambda operator: lx.MatrixLinearOperator(operator.as_matrix()))
-lx.conj.register(FoldHessian)(lambda operator: operator)
-lx.diagonal.register(FoldHessian)(lambda operator: jnp.diagonal(operator.blocks(), axis1=1, axis2=2).reshape(-1))
+register_definite(
+    FoldHessian,
+    materialise=lambda operator: lx.MatrixLinearOperator(operator.as_matrix()),
+    diagonal=lambda operator: jnp.diagonal(operator.blocks(), axis1=1, axis2=2).reshape(-1),
+)
 
 
 class Foldwise(AbstractLinearSolver):
