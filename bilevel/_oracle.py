@@ -135,7 +135,5 @@ class Oracle:
 @eqx.filter_jit
 def _evaluate(problem, x, y, goals, solver, adjoint, max_steps, guess, copies):
     rtol, atol, aim = goals
-    result, _, (v, residual) = search(problem, x, y, rtol, atol, solver, adjoint, max_steps, True, guess, aim, copies)
-    # the value's twin G - v'F: its error is quadratic in that of y, so line searches see what the gradient promises
-    value = result.value - jnp.vdot(v, residual).astype(result.value.dtype)
-    return result, (value, v)
+    result, _, (v, value) = search(problem, x, y, rtol, atol, solver, adjoint, max_steps, True, guess, aim, copies)
+    return result, (value, v)  # not `result.value`: line searches must see what the gradient promises

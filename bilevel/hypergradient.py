@@ -203,8 +203,8 @@ def _hypergradient(problem, x, y0, rtol, atol, solver, adjoint, max_steps, copie
 def search(
     problem, x, y0, rtol, atol, solver, adjoint, max_steps, newton_first, guess=None, aim=None, copies=()
 ):  # fmt: skip
-    """The traced body of `hypergradient`: `(Hypergradient, whether x enters the inner problem, (v, F))`, both flat.
-    `copies`: of `kept_copies((inner, outer))`."""
+    """The traced body of `hypergradient`: `(Hypergradient, whether x enters the inner problem, (v, h(x)))`, v flat, h
+    to third order. `copies`: of `kept_copies((inner, outer))`."""
 
     def work(x, y0):
         flat, unravel = ravel(y0)
@@ -236,10 +236,10 @@ def search(
         found = out.found
         status = outcome(found.status, out.reached, found.error <= 3 * found.floor, out.steps >= max_steps, max_steps)
         fields = _package(found, unravel, out.reached, status, out.steps, out.evaluations, out.products)
-        return fields[0], (*fields[1], found.inner_touches_x, (found.adjoint, found.residual))
+        return fields[0], (*fields[1], found.inner_touches_x, (found.adjoint, found.refined))
 
-    differentiable, (*facts, touches, duals) = differentiable_estimate(problem, x, y0, work, adjoint)
-    return _assemble(differentiable, facts), touches, duals
+    differentiable, (*facts, touches, extras) = differentiable_estimate(problem, x, y0, work, adjoint)
+    return _assemble(differentiable, facts), touches, extras
 
 
 def _warn_if_x_is_absent(inner, x, y) -> None:

@@ -1,12 +1,16 @@
 """The error estimate over a thousand random problems: how often it holds, how sharp it is, how often it declines."""
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import bilevel
+from bilevel.adjoint._evaluate import evaluate_value
+from bilevel.linear import linear_system
 
-from .helpers import KINDS, directions, distance, glm, reference
+from .helpers import KINDS, directions, distance, glm, reference, slopes, smooth
 
 LONG = [
     pytest.param("estimate", 1000, marks=pytest.mark.slow),
@@ -44,3 +48,23 @@ def test_a_thousand_problems(call, count):
     assert 0.5 < np.median(ratios) < 2
     assert untrusted < 0.2 * count
     assert len(ratios) > 0.2 * count or call == "hypergradient"  # or the test says nothing
+
+
+@pytest.mark.parametrize("value_only", [False, True])
+def test_the_value_given_to_line_searches_is_of_third_order(value_only):
+    """G at y*, from a y beside it, with the adjoint and the step that the gradient's error is made of anyway."""
+    case, solver = smooth(), bilevel.Direct()
+    inner, x = case.problem.inner, case.x
+    problem = bilevel.BilevelProblem(inner, inner.objective) if value_only else case.problem
+    truth = reference(problem, x, case.y0)
+    away = jnp.asarray([0.003, 0.01, 0.03])
+    points = truth.y + away[None, :, None] * directions(6, 3)[:, None, :]
+
+    def refined(y):
+        if not value_only:
+            return bilevel.ImplicitAdjoint(solver, correction=None).estimate(problem, x, y).refined
+        state = solver.prepare(linear_system(inner, x, y)[1])
+        return evaluate_value(problem, x, y, lambda flat: flat, solver, state).refined
+
+    wrong = eqx.filter_jit(jax.vmap(jax.vmap(refined)))(points) - problem.outer(x, truth.y)
+    np.testing.assert_allclose(slopes(jnp.linalg.norm(wrong, axis=0)[None], away), 3, atol=0.2)

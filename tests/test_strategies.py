@@ -25,8 +25,6 @@ PROBLEMS = {
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_hypergradients_are_those_known(name):
-    drawn, poor = [], []
-
     @given(PROBLEMS[name])
     def check(case):
         size = float(jnp.linalg.norm(case.hypergradient))
@@ -34,15 +32,9 @@ def test_hypergradients_are_those_known(name):
         wrong = float(jnp.linalg.norm(found.gradient - case.hypergradient))
         assert wrong <= max(1e-7 * size, 1e-9)
         # below this an error is round-off, that of terms cancelling in F included, which the estimate cannot see
-        floor = 1e-12 + 1e-14 * size
-        assert wrong <= max(10 * float(found.error), floor)
-        drawn.append(wrong)
-        if wrong > max(3 * float(found.error), floor):
-            poor.append(wrong)
+        assert wrong <= max(3 * float(found.error), 1e-12 + 1e-14 * size)
 
     check()
-    # a factorization made at a looser point is wrong by up to a third, and parts of the error vector may cancel
-    assert len(poor) <= max(1, 0.01 * len(drawn))
 
 
 @given(

@@ -39,6 +39,7 @@ class Estimate(NamedTuple):
 
     flat: jax.Array  # the point used
     value: jax.Array
+    refined: jax.Array  # G at y*, right to third order in the step still to go
     gradient: PyTree
     error: jax.Array
     vector: PyTree  # like x: what the gradient is wrong by to first order in the step still to go
@@ -46,7 +47,6 @@ class Estimate(NamedTuple):
     inner_residual: jax.Array
     adjoint_residual: jax.Array
     adjoint: jax.Array  # v, flat
-    residual: jax.Array  # F, flat
     step: jax.Array  # the Newton step still to go, flat
     status: Status
     inner_touches_x: jax.Array  # False where F_x' v is exactly zero although v is not

@@ -59,8 +59,9 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
         asked, rest = rest, g_y - system.rmv(v)
         quality = jnp.zeros((), flat.dtype)
         if solver.keeps:
-            off = _ratio(system.off_gauge(residual) - system.mv(step), residual)
-            quality = jnp.maximum(_ratio(rest, asked), off)
+            missing = system.off_gauge(residual) - system.mv(step)
+            quality = jnp.maximum(_ratio(rest, asked), _ratio(missing, residual))
+            step = step + system.off_gauge(approximate(missing, rtol=rough).value)  # the product was taken anyway
         tangent = turned(v, step)
         second = approximate(rest, rtol=sweep, transpose=True)
         adjoint = refine(
@@ -69,6 +70,12 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
         )  # fmt: skip
         back = system.off_gauge(tangent[1] - adjoint.residual)
         turn = approximate(back, rtol=rough, transpose=True)
+        if solver.keeps:  # a state made elsewhere is wrong by up to its quality, and parts of the vector may cancel
+
+            def again():
+                return turn.value + approximate(back - system.rmv(turn.value), rtol=rough, transpose=True).value
+
+            turn = turn._replace(value=lax.cond(quality > 0.01, again, lambda: turn.value))
     else:
         adjoint = named[0].solve(named[1], system, g_y, transpose=True, rtol=rtol, guess=guess)
         step = solver.approximate(state, system, system.off_gauge(residual), rtol=rough)
@@ -93,6 +100,7 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
     return Estimate(
         flat=flat,
         value=value,
+        refined=value - jnp.vdot(v, residual) - jnp.vdot(adjoint.residual - tangent[1] / 2, step),
         gradient=gradient,
         error=(trees.norm(vector) + floor).astype(flat.dtype),
         vector=vector,
@@ -100,7 +108,6 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
         inner_residual=jnp.linalg.norm(residual),
         adjoint_residual=jnp.linalg.norm(adjoint.residual),
         adjoint=v,
-        residual=residual,
         step=step,
         status=status,
         inner_touches_x=touches | (jnp.linalg.norm(v) == 0),
@@ -152,7 +159,7 @@ def evaluate_value(problem, x, flat, unravel, solver, state, *, at=None, rough=0
     condition = jnp.where(jnp.isfinite(forward.condition), forward.condition, 1)
     size = trees.norm(gradient)
     floor = (trees.coarsest(x, unravel(flat)) * condition.astype(size.dtype) * size).astype(flat.dtype)
-    vector = along(step)[1]
+    change, vector = along(step)
     given = jnp.isfinite(value) & trees.all_finite(gradient) & jnp.all(jnp.isfinite(residual))
     status = Status.where(given, Status(), Status("non_finite"))
     status = status.then(problem.inner.status_at(x, unravel(flat))).then(system.gauge_status).then(forward.status)
@@ -160,6 +167,7 @@ def evaluate_value(problem, x, flat, unravel, solver, state, *, at=None, rough=0
     return Estimate(
         flat=flat,
         value=value,
+        refined=value - change / 2,
         gradient=gradient,
         error=trees.norm(vector).astype(flat.dtype) + floor,
         vector=vector,
@@ -167,7 +175,6 @@ def evaluate_value(problem, x, flat, unravel, solver, state, *, at=None, rough=0
         inner_residual=jnp.linalg.norm(residual),
         adjoint_residual=zero,
         adjoint=jnp.zeros_like(flat),
-        residual=residual,
         step=step,
         status=status,
         inner_touches_x=jnp.asarray(True),

@@ -65,7 +65,6 @@ class _AbstractStepRule(AbstractAdjoint):
             value=value,
             gradient=gradient,
             error=off + reference.error,
-            residual=residual,
             inner_residual=jnp.linalg.norm(residual),
             status=status,
             contracted=jnp.asarray(False),
@@ -133,7 +132,7 @@ class NeumannAdjoint(AbstractAdjoint):
         reference = ImplicitAdjoint().estimate(problem, x, y)
         off = trees.norm(trees.subtract(gradient, reference.gradient)).astype(flat.dtype)
         return reference._replace(
-            flat=flat, value=value, gradient=gradient, error=off + reference.error, residual=residual,
+            flat=flat, value=value, gradient=gradient, error=off + reference.error,
             adjoint=answer.value, adjoint_residual=jnp.linalg.norm(answer.residual),
             inner_residual=jnp.linalg.norm(residual), contracted=jnp.asarray(False),
         )  # fmt: skip
