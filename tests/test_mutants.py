@@ -175,7 +175,7 @@ MUTANTS = [
     ),
     Mutant(
         "refinement dropped",
-        "bilevel.linear:refine",
+        "bilevel.linear._base:refine",
         ("v = apply(b) if guess is None else guess", "(count < 20)"),
         ("v = apply(b)", "(count < 1)"),
         order_two,
