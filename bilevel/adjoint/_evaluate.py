@@ -16,6 +16,8 @@ from ..linear import MixedPrecision, linear_system, refine
 from ..problem import as_node
 from ._base import Estimate
 
+_SHARP = 3e-3  # relative residual of the solves that the error vector is made of, where a factorization is stale
+
 
 def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, named=None, rough=0.03) -> Estimate:
     """Omega at this very point, and the estimate of its error to first order in the step still to go.
@@ -52,16 +54,32 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
         if guess is not None:
             rest = lax.cond(jnp.any(guess != 0), lambda: g_y - system.rmv(guess), lambda: g_y)
         approximate = functools.partial(solver.approximate, state, system)
+
+        def sharpened(b, value, residual, quality, *, transpose):
+            """`(value, residual, products)`, refined where the state is stale: parts of the error vector may cancel."""
+
+            def refined():
+                again = lambda r: approximate(r, rtol=rough, transpose=transpose).value
+                found = refine(
+                    again, system, b, transpose=transpose, rtol=_SHARP, guess=value, condition=1.0, status=Status()
+                )
+                return found.value, found.residual, found.products
+
+            return lax.cond(quality > _SHARP, refined, lambda: (value, residual, jnp.asarray(0)))
+
         first = approximate(rest, rtol=sweep, transpose=True)
         forward = approximate(system.off_gauge(residual), rtol=rough)
         step = system.off_gauge(forward.value)
         v = first.value if guess is None else guess + first.value
         asked, rest = rest, g_y - system.rmv(v)
-        quality = jnp.zeros((), flat.dtype)
+        quality, extra = jnp.zeros((), flat.dtype), jnp.asarray(0)
         if solver.keeps:
-            missing = system.off_gauge(residual) - system.mv(step)
+            wanted = system.off_gauge(residual)
+            missing = wanted - system.mv(step)
             quality = jnp.maximum(_ratio(rest, asked), _ratio(missing, residual))
-            step = step + system.off_gauge(approximate(missing, rtol=rough).value)  # the product was taken anyway
+            step, _, first_extra = sharpened(wanted, step, missing, quality, transpose=False)
+            v, rest, second_extra = sharpened(g_y, v, rest, quality, transpose=True)
+            step, extra = system.off_gauge(step), first_extra + second_extra
         tangent = turned(v, step)
         second = approximate(rest, rtol=sweep, transpose=True)
         adjoint = refine(
@@ -70,16 +88,14 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
         )  # fmt: skip
         back = system.off_gauge(tangent[1] - adjoint.residual)
         turn = approximate(back, rtol=rough, transpose=True)
-        if solver.keeps:  # a state made elsewhere is wrong by up to its quality, and parts of the vector may cancel
-
-            def again():
-                return turn.value + approximate(back - system.rmv(turn.value), rtol=rough, transpose=True).value
-
-            turn = turn._replace(value=lax.cond(quality > 0.01, again, lambda: turn.value))
+        if solver.keeps:
+            value_turned, _, last_extra = sharpened(back, turn.value, back, quality, transpose=True)
+            turn, extra = turn._replace(value=value_turned), extra + last_extra
     else:
         adjoint = named[0].solve(named[1], system, g_y, transpose=True, rtol=rtol, guess=guess)
         step = solver.approximate(state, system, system.off_gauge(residual), rtol=rough)
         first = second = forward = step
+        extra = 0
         step, quality = system.off_gauge(step.value), jnp.zeros((), flat.dtype)
         tangent = turned(system.off_gauge(adjoint.value), step)
         back = system.off_gauge(tangent[1] - adjoint.residual)
@@ -117,7 +133,7 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
         unit=jnp.asarray(inner.unit_at(x, unravel(flat)), flat.dtype),
         smooth=inner.smooth_between(x, unravel(flat), unravel(flat - step)),
         evaluations=jnp.ones((), jnp.int32),
-        products=(adjoint.products + first.products + second.products + 1).astype(jnp.int32),
+        products=(adjoint.products + first.products + second.products + 1 + extra).astype(jnp.int32),
     )
 
 
