@@ -21,11 +21,14 @@ help:
 demo: .venv/.ready-examples
 	@MPLBACKEND=Agg $(PY) examples/plot_tune_logistic.py
 
+# Two processes: one thread each for NumPy's linear algebra.
+test test-slow: export OPENBLAS_NUM_THREADS := 1
+
 test: lint
-	@$(PY) -m pytest -n 2 -m "not slow"
+	@$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: .venv/.ready-test
-	@$(PY) -m pytest -n 2 -m slow
+	@$(PY) -m pytest -n 2 --dist worksteal -m slow
 
 lint: .venv/.ready-test
 	@$(PY) -m ruff check

@@ -85,7 +85,7 @@ def linear_system(inner, x: PyTree, y: PyTree, *, lower: bool = False) -> tuple[
     if inner.gauge_part(x, y) is not None:  # shift the flat directions away from zero: a solve on the quotient
         gauge = lambda v: ravel_like(inner.gauge_part(x, unravel(v)), flat.dtype)
         size, defect = size_along(mv, gauge, flat)
-        mv, rmv = _shifted(mv, gauge, size), _shifted(rmv, gauge, size)
+        mv, rmv = shifted(mv, gauge, size), shifted(rmv, gauge, size)
     low = None
     if lower:
         low = lambda: linear_system(precision.lowered(inner), precision.lowered(x), precision.lowered(y))[1]
@@ -119,7 +119,7 @@ def size_along(mv, gauge, flat) -> tuple[jax.Array, jax.Array]:
     return size, jnp.linalg.norm(mv(along)) / jnp.maximum(jnp.linalg.norm(along), tiny) / size
 
 
-def _shifted(mv, gauge, size):
+def shifted(mv, gauge, size):
     """mv + size * (projector on the gauge)."""
     return lambda v: mv(v) + size * gauge(v)
 

@@ -10,7 +10,14 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/getting_started.md", "docs/transport.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "docs/getting_started.md",
+        pytest.param("docs/transport.md", marks=pytest.mark.slow),  # a minute; the tests of transport do the same
+    ],
+)
 def test_python_blocks_run(page: str, tmp_path: pathlib.Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
     assert blocks

@@ -16,7 +16,9 @@ from ..linear import MixedPrecision, linear_system, refine
 from ..problem import as_node
 from ._base import Estimate
 
-_SHARP = 3e-3  # relative residual of the solves that the error vector is made of, where a factorization is stale
+# The solves that the error vector is made of: relative residual above which those with a stale factorization are
+# refined (parts of the vector may cancel), and down to which. Each refinement takes a product.
+_DULL, _SHARP = 0.1, 3e-3
 
 
 def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, named=None, rough=0.03) -> Estimate:
@@ -65,7 +67,7 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
                 )
                 return found.value, found.residual, found.products
 
-            return lax.cond(quality > _SHARP, refined, lambda: (value, residual, jnp.asarray(0)))
+            return lax.cond(quality > _DULL, refined, lambda: (value, residual, jnp.asarray(0)))
 
         first = approximate(rest, rtol=sweep, transpose=True)
         forward = approximate(system.off_gauge(residual), rtol=rough)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from .._system import size_along
+from .._system import shifted, size_along
 from .._trees import ravel_like
 from ..errors import Status
 from ._base import AbstractLinearSolver, LinearSolution, curvature_of, refine
@@ -29,8 +29,7 @@ class Lineax(AbstractLinearSolver):
         # singular along the gauge: shifted there, as the products of the system are
         flat = lambda v: ravel_like(declared.mv(system.unravel(v)), v.dtype)
         size, _ = size_along(flat, system.gauge, jnp.zeros((system.size,), system.dtype))
-        moved = lambda v: flat(v) + size * system.gauge(v)
-        return lx.FunctionLinearOperator(moved, shape, tags=tuple(tags))
+        return lx.FunctionLinearOperator(shifted(flat, system.gauge, size), shape, tags=tuple(tags))
 
     def _declared(self, system) -> bool:
         return system.operator is not None and system.gauge is None

@@ -165,36 +165,31 @@ def test_the_loss_is_zero_at_the_truth_of_calibrated_data():
         np.testing.assert_allclose(found.x, theta, atol=1e-7)
 
 
-def test_data_of_a_step_with_internal_energy_are_fitted_with_that_energy():
+@pytest.mark.parametrize(
+    ("kappa", "rho", "fitted"),
+    [
+        (None, 0, False),
+        pytest.param(0.8, np.inf, False, marks=pytest.mark.slow),
+        pytest.param(0.8, 1.0, True, marks=pytest.mark.slow),  # the temperature unknown: the same point
+    ],
+)
+def test_data_of_a_step_with_internal_energy_are_fitted_with_that_energy(kappa, rho, fitted):
     axis = np.linspace(-2, 2, 6)
     grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
     features = flows.Quadratic()
     theta = np.array([0.3, -0.2, 0.5, 0.8, 0.1])
-    for kappa, rhos in ((None, (0,)), (0.8, (np.inf,))):
-        step = flows.JKOStep(
-            CLOUDS[0],
-            grid,
-            lambda x, z: x @ features(z),
-            TAU,
-            EPSILON,
-            internal=kappa,
-            support_weights=np.full(36, 0.64),
-        )
-        b = step.next_weights(theta, bilevel.solve(step, theta, step.initial()).y)
-        for rho in rhos:
-            model = flows.InverseJKO(
-                [CLOUDS[0], grid], features, TAU, EPSILON, sharpening=rho, weights=[np.ones(9), b],
-                internal=EPSILON if kappa is None else kappa, log_density=[np.log(b / 0.64)],
-            )  # fmt: skip
-            found = model.newton()
-            np.testing.assert_allclose(found.x, theta, atol=1e-6)
-            assert abs(float(found.value)) < 1e-12
-    # the temperature as an unknown: the same stationary point
+    step = flows.JKOStep(
+        CLOUDS[0], grid, lambda x, z: x @ features(z), TAU, EPSILON, internal=kappa, support_weights=np.full(36, 0.64)
+    )
+    b = step.next_weights(theta, bilevel.solve(step, theta, step.initial()).y)
+    energy = EPSILON if kappa is None else kappa
     model = flows.InverseJKO(
-        [CLOUDS[0], grid], features, TAU, EPSILON, sharpening=1.0, weights=[np.ones(9), b], internal="fit",
-        log_density=[np.log(b / 0.64)],
+        [CLOUDS[0], grid], features, TAU, EPSILON, sharpening=rho, weights=[np.ones(9), b],
+        internal="fit" if fitted else energy, log_density=[np.log(b / 0.64)],
     )  # fmt: skip
-    np.testing.assert_allclose(model.newton().x, [*theta, 0.8 / TAU], atol=1e-6)
+    found = model.newton()
+    np.testing.assert_allclose(found.x, [*theta, energy / TAU] if fitted else theta, atol=1e-6)
+    assert fitted or abs(float(found.value)) < 1e-12
 
 
 def test_an_interaction_is_a_frozen_field():
@@ -245,6 +240,7 @@ def test_a_network_as_potential():
         model.newton()
 
 
+@pytest.mark.slow  # a minute
 def test_weights_of_zero_and_float32():
     padded = [np.vstack([z, [[9.0, 9.0]]]) for z in CLOUDS]
     masses = [np.append(w, 0.0) for w in MASSES]

@@ -57,8 +57,11 @@ def iteration(cost, source, target, epsilon, tau_1, tau_2, steps=3000):
     Cxx, Cxy, Cyy, cx, cy = parts
     G, gl, g0 = np.zeros_like(Cyy), np.zeros_like(cy), 0.0
     for _ in range(steps):
+        before = G, gl, g0
         F, fl, f0 = update(eta_1, B, target.mean, lz[1], Cyy, cy, Cxx, Cxy, cx, G, gl, g0)
         G, gl, g0 = update(eta_2, A, source.mean, lz[0], Cxx, cx, Cyy, Cxy.T, cy, F, fl, f0)
+        if all(np.allclose(new, old, rtol=1e-15, atol=1e-15) for new, old in zip((G, gl, g0), before, strict=True)):
+            break
     H = np.linalg.inv(np.block([[A + (F + Cxx) / epsilon, Cxy / epsilon], [Cxy.T / epsilon, B + (G + Cyy) / epsilon]]))
     r = np.concatenate([A @ source.mean + (fl - cx) / epsilon, B @ target.mean + (gl - cy) / epsilon])
     log_mass = sum(lz) + (f0 + g0) / epsilon + r @ H @ r / 2 + np.linalg.slogdet(2 * np.pi * H)[1] / 2
