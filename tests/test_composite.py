@@ -250,3 +250,38 @@ def test_refusals():
         bilevel.solve(Composite(lambda x, y: y, prox.l1(0.1)), jnp.ones(()), jnp.ones(3))
     with pytest.raises(ValueError, match="prox"):
         bilevel.solve(Composite(lambda x, y: jnp.sum(y**2), lambda x, v, t: v[:2]), jnp.ones(()), jnp.ones(3))
+
+
+def pairs_prox(x, v, t):
+    """Of exp(x) times the sum of the lengths of two pairs of entries."""
+    w = v.reshape(2, 2)
+    length = jnp.linalg.norm(w, axis=1, keepdims=True)
+    return (w * jnp.where(length > t * jnp.exp(x), 1 - t * jnp.exp(x) / jnp.where(length > 0, length, 1), 0)).ravel()
+
+
+def barrier_prox(x, v, t):
+    """Of -exp(x) sum log y."""
+    return (v + jnp.sqrt(v**2 + 4 * t * jnp.exp(x))) / 2
+
+
+def huber_prox(x, v, t):
+    """Of exp(x) times Huber's function."""
+    size = t * jnp.exp(x)
+    return jnp.where(jnp.abs(v) <= 1 + size, v / (1 + size), v - size * jnp.sign(v))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("own", "start"), [(pairs_prox, 0.0), (barrier_prox, 1.0), (huber_prox, 0.0)])
+def test_proxes_of_users_and_second_derivatives(own, start):
+    rng = np.random.default_rng(0)
+    A, outer_A = jnp.asarray(rng.normal(size=(30, 4))), jnp.asarray(rng.normal(size=(30, 4)))
+    truth = jnp.asarray([1.0, -2.0, 0.02, 0.0])
+    inner, outer = Composite(Squares(A, A @ truth + 0.1), own), Squares(outer_A, outer_A @ truth)
+    x, y0 = jnp.asarray(-2.0), jnp.full(4, start)
+    value = lambda x: outer(x, bilevel.solve(inner, x, y0, rtol=1e-12).y)
+    slope = bilevel.hypergradient(BilevelProblem(inner, outer), x, y0, rtol=1e-8).gradient
+    h = 1e-4
+    np.testing.assert_allclose(slope, (value(x + h) - value(x - h)) / (2 * h), rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(value)(x), slope, rtol=1e-7)
+    second = (jax.grad(value)(x + h) - jax.grad(value)(x - h)) / (2 * h)
+    np.testing.assert_allclose(jax.hessian(value)(x), second, rtol=1e-6)

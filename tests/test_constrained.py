@@ -173,3 +173,30 @@ def test_refusals():
         bilevel.solve(Constrained(lambda x, y: y), jnp.ones(()), jnp.ones(3))
     with pytest.raises(ValueError, match="must return one array"):
         bilevel.solve(Constrained(lambda x, y: jnp.sum(y), equality=lambda x, y: (y, y)), jnp.ones(()), jnp.ones(3))
+
+
+@pytest.mark.slow
+def test_second_derivatives_and_other_active_sets_in_one_batch():
+    def objective(x, y):
+        return 0.5 * jnp.sum((y["p"] - x) ** 2) + 0.1 * jnp.sum(y["p"] ** 4) + jnp.sum((y["q"] - 1) ** 2)
+
+    inner = Constrained(
+        objective,
+        equality=lambda x, y: jnp.sum(y["p"]) + y["q"] - 1.0,
+        inequality=lambda x, y: -y["p"],
+    )
+    outer = lambda x, y: jnp.sum(y["p"] ** 3) + y["q"] ** 2 * x[0]
+    y0 = {"p": jnp.ones(3) / 3, "q": jnp.asarray(0.0)}
+    points = jnp.asarray([[1.0, 0.5, -2.0], [0.3, 0.3, 0.4], [5.0, -5.0, 0.0]])
+    value = lambda x: outer(x, bilevel.solve(inner, x, y0, rtol=1e-12).y)
+    problem = BilevelProblem(inner, outer)
+    found = jax.vmap(lambda x: bilevel.hypergradient(problem, x, y0, rtol=1e-9, throw=False))(points)
+    assert np.all(found.converged)
+    slope, h = jax.jit(jax.grad(value)), 1e-4
+    for x, gradient in zip(points, found.gradient, strict=True):
+        np.testing.assert_allclose(slope(x), gradient, atol=1e-8)
+        ways = h * jnp.eye(3)
+        numbers = [(value(x + d) - value(x - d)) / (2 * h) for d in ways]
+        np.testing.assert_allclose(gradient, jnp.stack(numbers), atol=1e-6)
+        second = jnp.stack([(slope(x + d) - slope(x - d)) / (2 * h) for d in ways])
+        np.testing.assert_allclose(jax.hessian(value)(x), second, atol=1e-5)
