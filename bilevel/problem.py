@@ -259,7 +259,9 @@ class Minimization(_Structured, AbstractMinimization):
 class Root(_Structured):
     """y*(x) is a root of `residual(x, y)`, of y's structure; dF/dy may be non-symmetric.
 
-    Arguments `operator` and `gauge` as for `Minimization` (the operator need not be symmetric).
+    Arguments `operator` and `gauge` as for `Minimization` (the operator need not be symmetric). Where the residual
+    has a kink exactly at the root there is no gradient, and autodiff's one-sided one is used; `testing.check_problem`
+    tells.
     """
 
     _residual: Any
@@ -279,7 +281,9 @@ class Root(_Structured):
 class FixedPoint(_Structured):
     """y*(x) is a fixed point of `step(x, y)`, of y's structure; F = y - step(x, y).
 
-    Arguments `operator` (of F) and `gauge` as for `Minimization`.
+    Arguments `operator` (of F) and `gauge` as for `Minimization`. Where the map has a kink exactly at its fixed point
+    (a relu with argument zero) there is no gradient, and autodiff's one-sided one is used; `testing.check_problem`
+    tells.
     """
 
     _step: Any
