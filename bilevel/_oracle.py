@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from ._compiling import compiled
 from ._entry import explain
 from ._precision import kept_copies
 from ._trees import ravel, ravel_like
@@ -106,7 +106,7 @@ class Oracle:
             rtol, atol = float(jnp.finfo(self.dtype).tiny), max(least, _SHARE * self.size)
         guess = jnp.zeros_like(self.y) if self.guess is None else self.guess
         aim = max(rtol, 0.3 * atol / self.length) if self.length > 0 else rtol
-        goals = tuple(jnp.asarray(goal, self.dtype) for goal in (rtol, atol, aim))
+        goals = tuple(np.asarray(goal, self.dtype) for goal in (rtol, atol, aim))
         copies = kept_copies((self.problem.inner, self.problem.outer))
         settings = (self.solver, self.adjoint, self.max_inner_steps, guess, copies)
         result, extras = _evaluate(self.problem, tree, y, goals, *settings)
@@ -132,8 +132,10 @@ class Oracle:
         )  # fmt: skip
 
 
-@eqx.filter_jit
+@compiled
 def _evaluate(problem, x, y, goals, solver, adjoint, max_steps, guess, copies):
     rtol, atol, aim = goals
-    result, _, (v, value) = search(problem, x, y, rtol, atol, solver, adjoint, max_steps, True, guess, aim, copies)
+    result, _, (v, value) = search(
+        problem, x, y, rtol, atol, solver, adjoint, max_steps, True, guess, aim, copies, differentiable=False
+    )
     return result, (value, v)  # not `result.value`: line searches must see what the gradient promises

@@ -41,7 +41,7 @@ def lbfgsb(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation], boo
 
     def function(x):
         found = oracle(x)
-        if any(_kink_between(other, found, oracle.scale) for other in recent):
+        if any(_kink_between(other, found, oracle.scale, max(_CLOSE, 0.1 * setting.tol)) for other in recent):
             recent.append(found)
             raise _AtKink
         recent[:] = [*recent[-_RECENT:], found]
@@ -76,14 +76,14 @@ _RECENT = 10  # evaluations that a new one is compared with
 _CLOSE = 1e-7  # relative distance of two points that only a kink explains a change of the gradient between
 
 
-def _kink_between(one: Evaluation, other: Evaluation, scale: float) -> bool:
+def _kink_between(one: Evaluation, other: Evaluation, scale: float, close: float) -> bool:
     """Whether h of one variable falls steeply towards the gap between two points next to each other, from both sides:
     it has a minimum at a kink there, and L-BFGS-B would close in on it to the last bit, over and over. (With more
-    variables the others may still have a way to go.)"""
+    variables the others may still have a way to go.) The lower point is off by less than its slope times the gap."""
     if one.x.size != 1:
         return False
     (x1,), (x2,), (g1,), (g2,) = one.x, other.x, one.gradient, other.gradient
-    if not 0 < abs(x2 - x1) <= _CLOSE * max(1.0, abs(x1)):
+    if not 0 < abs(x2 - x1) <= close * max(1.0, abs(x1)):
         return False
     left, right = (g1, g2) if x1 < x2 else (g2, g1)
     return bool(left < -1e-3 * scale and right > 1e-3 * scale)

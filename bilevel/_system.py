@@ -62,6 +62,17 @@ def hessian_matrix(function: Callable[[jax.Array], jax.Array], point: jax.Array)
     return jax.hessian(function)(point)
 
 
+def row_curvatures(function: Callable[[jax.Array], jax.Array], rows: jax.Array) -> jax.Array:
+    """Of a sum of functions of single rows, shape (n,) or (n, c): each row's second derivative, (n,) or (n, c, c)."""
+
+    def along(unit):
+        return jax.jvp(jax.grad(function), (rows,), (jnp.broadcast_to(unit, rows.shape),))[1]
+
+    if rows.ndim == 1:
+        return along(jnp.ones((), rows.dtype))
+    return jax.vmap(along, out_axes=1)(jnp.eye(rows.shape[1], dtype=rows.dtype))
+
+
 def linear_system(inner, x: PyTree, y: PyTree, *, lower: bool = False) -> tuple[jax.Array, LinearSystem]:
     """F(x, y), flat, and dF/dy there, linearized once (each product is then one pass forward and one back).
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import PyTree
 
 from ._functions import as_given, callable_node, check_scalar
 from ._support import SupportAware, inverse_curvature
-from ._trees import check_like, ravel, shapes_of
+from ._trees import check_like, is_traced, ravel, shapes_of
 from .errors import Status
 from .problem import AbstractInner
 
@@ -31,19 +32,24 @@ class Composite(AbstractInner):
 
     **Arguments:** `smooth(x, y) -> scalar`, floating, twice differentiable in y. `prox(x, v, t) -> like y`: the
     minimizer in p of t r(x, p) + |p - v|^2 / 2, differentiable by JAX where it has a derivative; `bilevel.prox` has
-    ready-made ones. x and y may be any trees of floating arrays.
+    ready-made ones. x and y may be any trees of floating arrays. `step`: t, a number or an array of shape (); None:
+    1 / L by power iteration wherever F is evaluated.
 
     **Raises:** TypeError if either is not callable; ValueError when used with functions whose results do not fit.
     """
 
     _smooth: Any
     _prox: Any
+    step: Any
 
-    def __init__(self, smooth: Callable, prox: Callable):
+    def __init__(self, smooth: Callable, prox: Callable, *, step: Any = None):
         self._smooth = callable_node(smooth, "Composite", "smooth")
         if not callable(prox):
             raise TypeError(f"bilevel.Composite: `prox` must be a function (x, v, t) -> like y, found {prox!r}.")
         self._prox = callable_node(prox, "Composite", "prox")
+        if step is not None and not is_traced(step) and not (jnp.shape(step) == () and 0 < step < jnp.inf):
+            raise ValueError(f"bilevel.Composite: `step` must be a positive number, found {step!r}.")
+        self.step = step
 
     @property
     def smooth(self) -> Callable:
@@ -85,6 +91,8 @@ class Composite(AbstractInner):
 
     def step_length(self, x: PyTree, y: PyTree) -> jax.Array:
         """t = 1 / L, a constant of every derivative."""
+        if self.step is not None:
+            return lax.stop_gradient(jnp.asarray(self.step, ravel(y)[0].dtype))
         return inverse_curvature(self._smooth, x, y)
 
     def forward_backward(self, x: PyTree, y: PyTree, gradient: jax.Array, t: jax.Array) -> PyTree:

@@ -201,10 +201,12 @@ def _hypergradient(problem, x, y0, rtol, atol, solver, adjoint, max_steps, copie
 
 
 def search(
-    problem, x, y0, rtol, atol, solver, adjoint, max_steps, newton_first, guess=None, aim=None, copies=()
+    problem, x, y0, rtol, atol, solver, adjoint, max_steps, newton_first, guess=None, aim=None, copies=(),
+    differentiable=True,
 ):  # fmt: skip
     """The traced body of `hypergradient`: `(Hypergradient, whether x enters the inner problem, (v, h(x)))`, v flat, h
-    to third order. `copies`: of `kept_copies((inner, outer))`."""
+    to third order. `copies`: of `kept_copies((inner, outer))`. `differentiable`: the result may be differentiated
+    again."""
 
     def work(x, y0):
         flat, unravel = ravel(y0)
@@ -238,8 +240,11 @@ def search(
         fields = _package(found, unravel, out.reached, status, out.steps, out.evaluations, out.products)
         return fields[0], (*fields[1], found.inner_touches_x, (found.adjoint, found.refined))
 
-    differentiable, (*facts, touches, extras) = differentiable_estimate(problem, x, y0, work, adjoint)
-    return _assemble(differentiable, facts), touches, extras
+    if differentiable:
+        found, (*facts, touches, extras) = differentiable_estimate(problem, x, y0, work, adjoint)
+    else:  # nothing is traced for derivatives that nobody takes
+        found, (*facts, touches, extras) = work(x, y0)
+    return _assemble(found, facts), touches, extras
 
 
 def _warn_if_x_is_absent(inner, x, y) -> None:

@@ -95,8 +95,8 @@ def rounds(
     size0 = jnp.linalg.norm(ravel_like(begin[0].optimality(*begin[1:]), flat.dtype))
     big = jnp.asarray(jnp.inf, flat.dtype)
     tol = big if newton_first else first_reduction(inner, x, y0) * size0
-    shape = jax.eval_shape(attempt, y0)
-    empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+    attempt: Any = eqx.filter_closure_convert(attempt, y0)  # traced once: its shapes are asked for before it is run
+    empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), attempt.out_struct)
     zero = jnp.zeros((), jnp.int32)
     start = (flat, tol, size0, empty, zero, zero, zero, zero, jnp.asarray(False))
 

@@ -232,10 +232,12 @@ def _descend(inner, x, unravel, solver, moved, target: Target):
 
 def _improve(evaluated: Callable, here, solver, guess, judge, target: Target, rtol) -> Estimate:
     """Evaluates, and then takes the step that the error estimate has computed anyway, with the factorization there is,
-    while that helps. One loop, so that the evaluation is compiled once."""
+    while that helps. One loop, so that the evaluation is compiled (and traced) once."""
     start = jnp.zeros_like(here) if guess is None else guess
-    shape = jax.eval_shape(lambda: evaluated(flat=here, guess=start, rtol=rtol))
-    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shape)
+    at: Any = eqx.filter_closure_convert(
+        lambda flat, v, rtol: evaluated(flat=flat, guess=v, rtol=rtol), here, start, rtol
+    )
+    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), at.out_struct)
     empty = empty._replace(flat=here, adjoint=start)
 
     def unfinished(carry):
@@ -247,7 +249,7 @@ def _improve(evaluated: Callable, here, solver, guess, judge, target: Target, rt
         found, _, count, rtol = carry
         first = count == 0
         point = found.flat - found.step  # no step before the first evaluation
-        new = evaluated(flat=point, guess=found.adjoint, rtol=rtol)
+        new = at(point, found.adjoint, rtol)
         # where the step was round-off only the adjoint was in want
         lower = (new.inner_residual <= found.inner_residual) | _tiny(found)
         contracts = _contracts(new, jnp.linalg.norm(found.step), solver) | _tiny(found)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.solvers._base import AbstractSolver, Found
+from bilevel.solvers.host import on_host
 
 from ._criteria import CrossValidation
 
@@ -33,9 +34,7 @@ class CoordinateDescent(AbstractSolver):
         shape = jax.ShapeDtypeStruct(y0.shape, y0.dtype)
         rows = criterion.train if isinstance(criterion, CrossValidation) else None
         arguments = (criterion.X, criterion.targets, rows, one, two, y0, tol)
-        y, steps = jax.pure_callback(
-            _fit, (shape, jax.ShapeDtypeStruct((), jnp.int32)), *arguments, vmap_method="sequential"
-        )
+        y, steps = on_host(_fit, (shape, jax.ShapeDtypeStruct((), jnp.int32)), *arguments)
         return Found(y, steps, steps)
 
 
@@ -43,14 +42,16 @@ def _fit(X, targets, rows, one, two, y0, tol):
     """All folds; `rows` are the weights of the rows of each, or None where there are no folds."""
     X, targets, one, two, y0 = (np.asarray(a) for a in (X, targets, one, two, y0))
     lead = rows is None
-    rows = np.full((1, len(targets)), 1 / len(targets), X.dtype) if rows is None else np.asarray(rows)
+    n = targets.shape[-1]
+    rows = np.full((1, n), 1 / n, X.dtype) if rows is None else np.asarray(rows)
     starts = y0[None] if lead else y0
     steps, found = 0, np.empty_like(starts)
     p = X.shape[-1]
     one, two = (np.broadcast_to(a, (p,)).astype(np.float64) for a in (one, two))
     for k, weight in enumerate(rows):
         mine = X[k] if X.ndim == 3 else X
-        found[k], did = _one(mine, targets, weight, one, two, starts[k], float(tol) / np.sqrt(len(rows)))
+        wanted = targets[k] if targets.ndim == 2 else targets
+        found[k], did = _one(mine, wanted, weight, one, two, starts[k], float(tol) / np.sqrt(len(rows)))
         steps += did
     return found[0] if lead else found, np.asarray(steps, np.int32)
 

@@ -138,15 +138,20 @@ class CrossValidation(AbstractCriterion):
 
         return jnp.mean(self._each(one)(self.X, self.targets, y, self.judge))
 
-    def hessians(self, losses: RowLosses, penalty: Callable[[Array], Array], y: Array) -> Float[Array, "k s s"]:
-        """The Hessian of each fold's training loss in its weights, of which there are s."""
+    def hessians(
+        self, losses: RowLosses, penalty: Callable[[Array], Array], y: Array, own: Callable | None = None
+    ) -> Float[Array, "k s s"]:
+        """The Hessian of each fold's training loss in its weights, of which there are s. `own(X, w, targets, weights)`:
+        that of the weighted sum of the losses, where it is known."""
 
         def one(X, targets, w, weight):
             def objective(flat):
                 w = flat.reshape(self.start.shape)
-                return jnp.vdot(weight, losses(X, w, targets)) + penalty(w)
+                fit = jnp.zeros((), flat.dtype) if own is not None else jnp.vdot(weight, losses(X, w, targets))
+                return fit + penalty(w)
 
-            return hessian_matrix(objective, w.reshape(-1))
+            rest = hessian_matrix(objective, w.reshape(-1))
+            return rest if own is None else own(X, w, targets, weight) + rest
 
         return self._each(one)(self.X, self.targets, y, self.train)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable
 
 import equinox as eqx
@@ -11,12 +12,33 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 import bilevel
+from bilevel._system import row_curvatures
 from bilevel.linear import DENSE_LIMIT
 from bilevel.solvers.newton import DampedNewton
 
 from ._criteria import AbstractCriterion, CrossValidation, RowLosses
 from ._foldwise import FoldHessian, Foldwise
 from ._penalties import AbstractPenalties
+
+
+@dataclasses.dataclass(frozen=True)
+class OfPredictions:
+    """Losses of rows (x, X, w, targets) -> (n,) that see the weights, (p,) or (classes, p), through X w' alone:
+    `loss(predictions, targets)`, row by row. Their Hessian is made of the rows' curvatures, one product of matrices."""
+
+    loss: Callable
+
+    def __call__(self, x, X, w, targets):
+        return self.loss(X @ w.T, targets)
+
+    def hessian(self, X: Float[Array, "n p"], w: Array, targets: Array, weights: Float[Array, " n"]) -> Array:
+        """The Hessian of the weighted sum in w, flat."""
+        total = lambda predictions: jnp.vdot(weights, self.loss(predictions, targets))
+        curvatures = row_curvatures(total, X @ w.T)
+        if w.ndim == 1:
+            return (X * curvatures[:, None]).T @ X
+        blocks = jnp.einsum("nab,ni,nj->aibj", curvatures, X, X)
+        return blocks.reshape(w.size, w.size)
 
 
 class Training(bilevel.AbstractMinimization):
@@ -52,7 +74,8 @@ class Training(bilevel.AbstractMinimization):
         of all folds at once, which is what products with dF/dy give, it takes several times as long."""
         criterion = self.criterion
         assert isinstance(criterion, CrossValidation)
-        return criterion.hessians(at(x, self.losses), lambda w: self.penalties.ridge(x, w), y)
+        own = self.losses.hessian if isinstance(self.losses, OfPredictions) else None
+        return criterion.hessians(at(x, self.losses), lambda w: self.penalties.ridge(x, w), y, own)
 
     @property
     def linear_solver(self):

@@ -19,7 +19,7 @@ import bilevel
 from bilevel import prox
 
 from ._criteria import CrossValidation
-from ._linear import Training
+from ._linear import OfPredictions, Training
 from ._penalties import AbstractPenalties
 from ._sparse import SparseTraining
 from .lasso import First, Second
@@ -126,31 +126,37 @@ class Judge(eqx.Module):
 # trained: losses(x, X, w, targets); judged: losses(X, w, targets). The last column of X is the intercept's.
 
 
-def squared(x, X, w, targets):
-    return 0.5 * jnp.square(X @ w - targets)
+def _squared(predictions, targets):
+    return 0.5 * jnp.square(predictions - targets)
 
 
-def logistic(x, X, w, targets):
-    return jax.nn.softplus(-targets * (X @ w))
+def _logistic(scores, targets):
+    return jax.nn.softplus(-targets * scores)
 
 
-def multinomial(x, X, w, targets):
-    scores = X @ w.T
+def _multinomial(scores, targets):
     picked = jnp.take_along_axis(scores, targets.astype(int)[:, None], axis=1)[:, 0]
     return jax.nn.logsumexp(scores, axis=1) - picked
 
 
-def poisson(x, X, w, targets):
-    eta = X @ w
+def _poisson(eta, targets):
     return jnp.exp(eta) - targets * eta
 
 
-def hinge(x, X, w, targets):
-    """Squared, of each class against the rest where w has a row for each class."""
-    if w.ndim == 1:
-        return jnp.square(jnp.maximum(1 - targets * (X @ w), 0))
-    signs = jnp.where(targets[:, None] == jnp.arange(w.shape[0], dtype=targets.dtype), 1.0, -1.0).astype(X.dtype)
-    return jnp.sum(jnp.square(jnp.maximum(1 - signs * (X @ w.T), 0)), axis=1)
+def _hinge(scores, targets):
+    """Squared, of each class against the rest where there is a score for each class."""
+    if scores.ndim == 1:
+        return jnp.square(jnp.maximum(1 - targets * scores, 0))
+    classes = jnp.arange(scores.shape[1], dtype=targets.dtype)
+    signs = jnp.where(targets[:, None] == classes, 1.0, -1.0).astype(scores.dtype)
+    return jnp.sum(jnp.square(jnp.maximum(1 - signs * scores, 0)), axis=1)
+
+
+squared = OfPredictions(_squared)
+logistic = OfPredictions(_logistic)
+multinomial = OfPredictions(_multinomial)
+poisson = OfPredictions(_poisson)
+hinge = OfPredictions(_hinge)
 
 
 def huber(epsilon: float) -> Callable:
@@ -183,11 +189,11 @@ def mean_squared_with_scale(X, w, targets):
     return jnp.square(X @ w[:-1] - targets)
 
 
-def sparse(criterion: CrossValidation, weights: Any) -> SparseTraining:
-    """The training of a lasso or an elastic net with the given weights."""
+def sparse(criterion: CrossValidation, weights: Any, step: Any) -> SparseTraining:
+    """The training of a lasso or an elastic net with the given weights, by scikit-learn, which compiles nothing."""
     first = First(weights)
     operator = prox.elastic_net(first, Second(weights)) if isinstance(weights, Both) else prox.l1(first)
-    return SparseTraining(criterion, operator, weights)
+    return SparseTraining(criterion, operator, weights, host=0, step=step)
 
 
 def smooth(criterion: CrossValidation, penalties: Quadratic, losses: Callable) -> Training:

@@ -7,11 +7,13 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import bilevel
+from bilevel._compiling import quickly
 
 from ._search_setup import Setup
 
@@ -21,6 +23,10 @@ STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01)
 
 INNER_STEPS = 200
 """Of an inner solver: a fit that takes more, at an extreme penalty, is not worth waiting for."""
+
+
+SMALL = 2**21
+"""Numbers in a problem up to which compiling takes longer than running what is compiled: then it is done quickly."""
 
 
 class Point(NamedTuple):
@@ -92,10 +98,12 @@ class Search:
         bounds = (jnp.asarray(self.setup.lower), jnp.asarray(self.setup.upper))
         # where n entries share a penalty, each sees an n-th of its slope
         among = max(1, int(self.setup.own.sum())) if float(problem.mixing.shared) > 0 else 1
-        return bilevel.minimize(
-            problem, jnp.asarray(x, float), y, bounds=bounds, tol=self.tol / among, max_steps=int(steps),
-            progress=bool(self.verbose) and steps > 0, max_inner_steps=INNER_STEPS,
-        )  # fmt: skip
+        data = sum(leaf.size for leaf in jax.tree.leaves(problem) if eqx.is_array(leaf))
+        with quickly(data <= SMALL):
+            return bilevel.minimize(
+                problem, jnp.asarray(x, float), y, bounds=bounds, tol=self.tol / among, max_steps=int(steps),
+                progress=bool(self.verbose) and steps > 0, max_inner_steps=INNER_STEPS,
+            )  # fmt: skip
 
 
 def choose_strength(nested: Any, near: np.ndarray, random_state: Any) -> tuple[float, dict[float, list[float]]]:

@@ -105,12 +105,13 @@ class Family:
         by_sum = name in ("Ridge", "LogisticRegression", "HuberRegressor", "LinearSVC")
         train = folds.train / (average if by_sum else total)
         unit = 1 / deviation
-        if intercept or penalized_intercept:
+        squares = name in ("Ridge", "Lasso", "ElasticNet")  # centred rows and targets: the intercept is zero
+        if (intercept and not squares) or penalized_intercept:
             constant = float(estimator.intercept_scaling) if penalized_intercept else 1.0
             X = np.concatenate([X, np.full((K, n, 1), constant)], axis=2)
             unit = np.append(unit, 1.0 if penalized_intercept else 0.0)
         targets = np.asarray(y, float)
-        if intercept and name in ("Ridge", "Lasso", "ElasticNet", "HuberRegressor"):
+        if intercept and (squares or name == "HuberRegressor"):
             targets = targets - folds.train / total @ targets[:, None]  # (K, n)
             assert targets.shape == (K, n)
         start = np.zeros(X.shape[2])
@@ -130,18 +131,19 @@ class Family:
             slopes = np.abs(np.einsum("kn,knp->kp", train * np.broadcast_to(targets, (K, n)), X)[:, :p]) * deviation
             top = float(slopes.max())
             top = np.log(top if top > 0 else 1.0)
+            step = jnp.asarray(_step_length(X, train))
             if name == "Lasso":
                 offset = np.full(count, top)
                 spread = families.Spread(own, len(unit) - p)
                 top_, unit_ = as_jax(offset, unit)
                 weights = lambda mixing: families.Absolute(mixing, top_, spread, unit_)
-                parts = lambda mixing: (families.sparse(criterion, weights(mixing)), judge)
+                parts = lambda mixing: (families.sparse(criterion, weights(mixing), step), judge)
                 scan = np.linspace(-7.5, -0.25, 16)[:, None] * np.ones(count)
                 return Setup(np.ones(count, bool), offset, np.full(count, -9.0), np.zeros(count), scan, parts)
             if count > 1:
                 raise ValueError("HypergradientSearchCV: ElasticNet is tuned with penalties='shared' only.")
             offset = np.array([top, np.log(variance)])
-            parts = lambda mixing: (families.sparse(criterion, families.Both(*as_jax(offset, unit))), judge)
+            parts = lambda mixing: (families.sparse(criterion, families.Both(*as_jax(offset, unit)), step), judge)
             scan = np.array([(a, b) for a in (-1.0, -2.5, -4.0, -5.5, -7.0) for b in (-9.0, -5.0, -2.0, 0.0)])
             return Setup(np.zeros(2, bool), offset, np.array([-9.0, -12.0]), np.array([0.0, 4.0]), scan, parts)
         scale = {"PoissonRegressor": 1.0, "HuberRegressor": 2 / average}.get(name, 1 / average)
@@ -271,6 +273,14 @@ def _variances(X: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The variance of each feature, over folds and rows."""
     mean = np.einsum("n,knp->p", rows, X) / len(X)
     return np.einsum("n,knp->p", rows, np.square(X - mean)) / len(X)
+
+
+def _step_length(X: np.ndarray, train: np.ndarray) -> float:
+    """1 / L, L the largest eigenvalue of any fold's X' diag(weights) X."""
+    weighted = X * np.sqrt(train)[:, :, None]
+    grams = (w @ w.T if w.shape[0] < w.shape[1] else w.T @ w for w in weighted)
+    largest = max(float(np.linalg.eigvalsh(gram)[-1]) for gram in grams)
+    return 1 / largest if largest > 0 else 1.0
 
 
 def _judged_logistic(X, w, targets):

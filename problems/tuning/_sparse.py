@@ -12,10 +12,12 @@ from jaxtyping import Array, Float
 
 import bilevel
 from bilevel._support import SupportAware
+from bilevel.linear import DENSE_LIMIT
 from bilevel.prox import AbstractProx
 
 from ._coordinate_descent import CoordinateDescent, available
 from ._criteria import AbstractCriterion
+from ._foldwise import Foldwise
 from ._linear import at, squared
 
 HOST = 2000
@@ -38,15 +40,20 @@ class Smooth(eqx.Module):
 class SparseTraining(bilevel.AbstractInner):
     """A `bilevel.Composite` that knows where to start: half the mean squared error plus what `prox` is the prox of.
 
-    `weights(x)`, where it is not None, are those of |w_j| and w_j^2 / 2, for solvers that know the elastic net only.
+    `weights(x)`, where it is not None, are those of |w_j| and w_j^2 / 2, for solvers that know the elastic net only:
+    from `host` weights on, over all folds, scikit-learn's coordinate descent is called. `step`: as for `Composite`.
     """
 
     composite: bilevel.Composite
     criterion: AbstractCriterion
     weights: Any
+    host: int = eqx.field(static=True)
 
-    def __init__(self, criterion: AbstractCriterion, prox: AbstractProx, weights: Any = None):
-        self.composite = bilevel.Composite(Smooth(criterion), prox)
+    def __init__(
+        self, criterion: AbstractCriterion, prox: AbstractProx, weights: Any = None, host: int = HOST, step: Any = None
+    ):
+        self.host = host
+        self.composite = bilevel.Composite(Smooth(criterion), prox, step=step)
         self.criterion = criterion
         self.weights = weights
 
@@ -61,13 +68,16 @@ class SparseTraining(bilevel.AbstractInner):
 
     @property
     def linear_solver(self):
+        folds = self.criterion.folds
+        if folds and self.criterion.start.size * folds <= DENSE_LIMIT:  # K small factorizations instead of a large one
+            return Foldwise(folds)
         # on a support that is not the solution's the system may be singular: the solver is asked before CG is done
         return SupportAware(max_steps=CG_STEPS)
 
     @property
     def default_solver(self):
         size = self.criterion.start.size * (self.criterion.folds or 1)
-        if self.weights is not None and size >= HOST and available():
+        if self.weights is not None and size >= self.host and available():
             return CoordinateDescent()
         return self.composite.default_solver
 

@@ -15,10 +15,11 @@ from sklearn.utils._tags import get_tags
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from threadpoolctl import threadpool_limits
 
 from ._penalties import group_numbers
 from ._search_folds import final_step, fold_data
-from ._search_loop import Search, choose_strength
+from ._search_loop import SMALL, Search, choose_strength
 from ._search_setup import SUPPORTED, Family
 
 KINDS = ("shared", "per-feature")
@@ -93,8 +94,10 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
         if classifier:
             self._classes(y, pairs, judged=score == "neg_log_loss")
         targets = family.targets(y)
-        with jax.enable_x64(True):
-            folds = fold_data(before, rows, y, pairs, weights)
+        folds = fold_data(before, rows, y, pairs, weights)
+        # on small matrices the threads of BLAS wait for each other longer than they compute
+        threads = threadpool_limits(1 if folds.X.size <= SMALL else None, user_api="blas")
+        with threads, jax.enable_x64(True):
             own = self._own(folds.X.shape[2])
             search = Search(family.setup(folds, targets, own), self.n_iter, self.tol, self.verbose)
             shared = search.shared()

@@ -1,0 +1,64 @@
+"""How much XLA optimizes: where a program is compiled for little data, compiling it is most of the work.
+
+With XLA's CPU backend a program of this library takes some seconds to compile, most of them in LLVM's optimizations.
+Without these it is there in a quarter of the time, and runs as fast where time goes into products and factorizations
+of matrices, at half the speed or less where it goes into functions of single entries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+
+_OPTIONS = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,  # each fused loop else sets up a compiler of its own
+    "xla_cpu_parallel_codegen_split_count": 4,
+}
+
+_quick: contextvars.ContextVar[bool] = contextvars.ContextVar("quick", default=False)
+
+
+@contextlib.contextmanager
+def quickly(yes: bool = True):
+    """Outer loops inside compile their programs with little optimization. A setting of the thread, as contexts are."""
+    token = _quick.set(yes)
+    try:
+        yield
+    finally:
+        _quick.reset(token)
+
+
+@functools.cache
+def options(backend: str) -> dict | None:
+    """The options under which this backend compiles quickly; None where it has none, or does not know these."""
+    if backend != "cpu":
+        return None
+    try:
+        jax.jit(lambda: 0).lower().compile(compiler_options=_OPTIONS)
+    except Exception:  # whatever a later XLA raises for an option that is gone
+        return None
+    return _OPTIONS
+
+
+def compiled(function: Callable) -> Callable:
+    """`eqx.filter_jit`, with the options of `quickly` inside it."""
+    fully = eqx.filter_jit(function)
+    with_options: dict[str, Callable] = {}
+
+    @functools.wraps(function)
+    def call(*args):
+        backend = jax.default_backend()
+        if not _quick.get() or options(backend) is None:
+            return fully(*args)
+        if backend not in with_options:
+            with_options[backend] = eqx.filter_jit(function, compiler_options=options(backend))
+        return with_options[backend](*args)
+
+    return call
