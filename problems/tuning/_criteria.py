@@ -25,8 +25,8 @@ RowLosses = Callable[[Array, Array, Array], Array]
 """(X of shape (n, p), weights w, targets) -> the loss of each row, shape (n,)."""
 
 
-class AbstractCriterion(eqx.Module):
-    """Interface; `X` and `targets` are the rows that models are trained on, `start` the weights of one model."""
+class AbstractRows(eqx.Module):
+    """Rows to train on: `X` and `targets`; `start` are the weights of one model."""
 
     X: eqx.AbstractVar[Float[Array, "*k n p"]]
     targets: eqx.AbstractVar[Float[Array, "..."]]
@@ -40,10 +40,6 @@ class AbstractCriterion(eqx.Module):
     @abc.abstractmethod
     def training(self, losses: RowLosses, penalty: Callable[[Array], Array], y: Array) -> Float[Array, ""]:
         """The mean of `losses` over the training rows plus `penalty(w)`; summed over folds."""
-
-    @abc.abstractmethod
-    def validation(self, losses: RowLosses, y: Array) -> Float[Array, ""]:
-        """The mean of `losses` over the validation rows; averaged over folds."""
 
     def everything(self) -> CrossValidation:
         """One fold that trains on all rows of X."""
@@ -80,6 +76,14 @@ class AbstractCriterion(eqx.Module):
             meaning = f"({inner},)" if self.folds is None and self.start.ndim == 1 else f"({inner})"
             meaning = meaning if self.folds is None else f"(folds, {inner})"
             raise ValueError(f"the weights y must have shape {meaning} = {shape}, found {jnp.shape(y)}.")
+
+
+class AbstractCriterion(AbstractRows):
+    """Rows to train on, and rows to judge by."""
+
+    @abc.abstractmethod
+    def validation(self, losses: RowLosses, y: Array) -> Float[Array, ""]:
+        """The mean of `losses` over the validation rows; averaged over folds."""
 
 
 class HeldOut(AbstractCriterion):
@@ -160,9 +164,10 @@ class CrossValidation(AbstractCriterion):
         return jax.vmap(one, in_axes=axes)
 
 
-class Formula(AbstractCriterion):
-    """Trained on all rows, the sum of their losses divided by `divisor`: n, or n - 1 where the formula is that of
-    leave-one-out, so that what is trained on n - 1 rows is trained on their mean loss, as folds are."""
+class Formula(AbstractRows):
+    """Trained on all rows and judged by a formula of the model's own. The sum of the losses is divided by `divisor`: n,
+    or n - 1 where the formula is that of leave-one-out, so that what is trained on n - 1 rows is trained on their mean
+    loss, as folds are."""
 
     X: Float[Array, "n p"]
     targets: Float[Array, "n ..."]
@@ -176,9 +181,6 @@ class Formula(AbstractCriterion):
     def training(self, losses, penalty, y):
         self.check(y)
         return jnp.sum(losses(self.X, y, self.targets)) / self.divisor + penalty(y)
-
-    def validation(self, losses, y):
-        raise NotImplementedError("a model judged by a formula has its own outer function")
 
 
 def leverage(X: Float[Array, "n p"], divisor: int, hessian: Float[Array, "p p"]) -> Float[Array, " n"]:

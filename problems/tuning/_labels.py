@@ -8,7 +8,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from ._criteria import AbstractCriterion, CrossValidation
+from ._criteria import AbstractRows, CrossValidation
 
 
 def negative_label(owner: str, y: Any) -> int:
@@ -62,7 +62,7 @@ def named(classes: tuple, numbers: jax.Array) -> Any:
     return np.asarray(classes)[np.asarray(numbers)]
 
 
-def check_folds(owner: str, criterion: AbstractCriterion) -> None:
+def check_folds(owner: str, criterion: AbstractRows) -> None:
     """Raises ValueError where a fold trains without one of the classes."""
     if not isinstance(criterion, CrossValidation) or isinstance(criterion.train, jax.core.Tracer):
         return

@@ -16,7 +16,7 @@ from bilevel._system import row_curvatures
 from bilevel.linear import DENSE_LIMIT
 from bilevel.solvers.newton import DampedNewton
 
-from ._criteria import AbstractCriterion, CrossValidation, RowLosses
+from ._criteria import AbstractCriterion, AbstractRows, CrossValidation, RowLosses
 from ._foldwise import FoldHessian, Foldwise
 from ._penalties import AbstractPenalties
 
@@ -47,7 +47,7 @@ class Training(bilevel.AbstractMinimization):
     A `bilevel.Minimization` that knows where to start and that folds do not interact.
     """
 
-    criterion: AbstractCriterion
+    criterion: AbstractRows
     penalties: AbstractPenalties
     losses: Callable = eqx.field(static=True)
 
@@ -88,9 +88,9 @@ class Training(bilevel.AbstractMinimization):
 
 
 class AbstractLinearTuning(bilevel.AbstractBilevelProblem):
-    """A criterion, penalties and the loss of each row."""
+    """Rows to train on, penalties and the loss of each row; how a model is judged is the subclass's."""
 
-    criterion: eqx.AbstractVar[AbstractCriterion]
+    criterion: eqx.AbstractVar[AbstractRows]
     penalties: eqx.AbstractVar[AbstractPenalties]
 
     @staticmethod
@@ -102,10 +102,6 @@ class AbstractLinearTuning(bilevel.AbstractBilevelProblem):
     def inner(self) -> Training:
         """The training of the weights, in all folds at once where there are folds."""
         return Training(self.criterion, self.penalties, self.losses)
-
-    def outer(self, x: ArrayLike, y: ArrayLike) -> Float[Array, ""]:
-        """The mean loss on the validation rows, averaged over folds."""
-        return self.criterion.validation(at(jnp.asarray(x), self.losses), jnp.asarray(y))
 
     def initial(self) -> tuple[Array, Array]:
         """`(x0, y0)` to start from: log-penalties of zero, and weights of zero."""
@@ -119,6 +115,16 @@ class AbstractLinearTuning(bilevel.AbstractBilevelProblem):
         penalties, x = self.penalties.general(jnp.asarray(x, self.criterion.X.dtype))
         inner = Training(self.criterion.everything(), penalties, self.losses)
         return bilevel.solve(inner, x, inner.initial()).y[0]
+
+
+class AbstractJudgedTuning(AbstractLinearTuning):
+    """Judged by the loss it is trained by."""
+
+    criterion: eqx.AbstractVar[AbstractCriterion]
+
+    def outer(self, x: ArrayLike, y: ArrayLike) -> Float[Array, ""]:
+        """The mean loss on the validation rows, averaged over folds."""
+        return self.criterion.validation(at(jnp.asarray(x), self.losses), jnp.asarray(y))
 
 
 def at(x: Array, losses: Callable) -> RowLosses:

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from . import _data
-from ._criteria import AbstractCriterion, Formula, criterion, formula, leverage
+from ._criteria import AbstractCriterion, AbstractRows, Formula, criterion, formula, leverage
 from ._labels import check_folds, negative_label, signs
 from ._linear import AbstractLinearTuning, at, squared
 from ._penalties import AbstractPenalties
@@ -62,7 +62,7 @@ class AdditiveTuning(AbstractLinearTuning):
     **Raises:** ValueError, TypeError naming the argument; a constant feature.
     """
 
-    criterion: AbstractCriterion
+    criterion: AbstractRows
     penalties: Roughness
     low: Float[Array, " d"]
     high: Float[Array, " d"]
@@ -122,7 +122,7 @@ class AdditiveTuning(AbstractLinearTuning):
     def outer(self, x: ArrayLike, y: ArrayLike) -> Float[Array, ""]:
         """The mean loss on the validation rows, averaged over folds; or the closed form asked for."""
         x, y = jnp.asarray(x), jnp.asarray(y)
-        if self.formula is None:
+        if isinstance(self.criterion, AbstractCriterion):
             return self.criterion.validation(at(x, self.losses), y)
         self.criterion.check(y)
         rest = self.criterion.targets - self.criterion.X @ y

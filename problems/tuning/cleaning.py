@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from . import _data
 from ._criteria import AbstractCriterion, criterion
 from ._labels import class_labels, class_numbers, named
-from ._linear import AbstractLinearTuning
+from ._linear import AbstractJudgedTuning
 from ._penalties import AbstractPenalties
 from .multinomial import cross_entropy
 
@@ -31,7 +31,7 @@ class Fixed(AbstractPenalties):
         return 0.5 * self.scale * jnp.sum(jnp.square(w))
 
 
-class DataCleaning(AbstractLinearTuning):
+class DataCleaning(AbstractJudgedTuning):
     """A weight for every training row, so that the model trained with them is good on a clean validation set: rows
     whose labels are wrong lose their weight.
 

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from ._criteria import AbstractCriterion, criterion
-from ._linear import AbstractLinearTuning
+from ._linear import AbstractJudgedTuning
 from ._penalties import AbstractPenalties, Penalties
 
 
@@ -32,7 +32,7 @@ class Scaled(AbstractPenalties):
         return self.penalties.ridge(x[1:].reshape(self.penalties.shape), w[:-1])
 
 
-class HuberTuning(AbstractLinearTuning):
+class HuberTuning(AbstractJudgedTuning):
     """Huber's scale and the log-penalties of a robust regression, tuned for its validation error.
 
     Inner: minimize over the weights w and the logarithm of a spread s > 0, with n training rows r = (X w - b) / s and

@@ -12,11 +12,11 @@ from jaxtyping import Array, Float, Int
 
 from ._criteria import AbstractCriterion, criterion
 from ._labels import check_folds, negative_label, signs
-from ._linear import AbstractLinearTuning
+from ._linear import AbstractJudgedTuning
 from ._penalties import Penalties
 
 
-class LogisticTuning(AbstractLinearTuning):
+class LogisticTuning(AbstractJudgedTuning):
     """The log-penalties x of a logistic regression, tuned for its validation loss.
 
     Inner: minimize over the weights w, with n training rows X and labels s = ±1, and p features,

@@ -12,11 +12,11 @@ from jaxtyping import Array, Float
 
 from ._criteria import AbstractCriterion, criterion
 from ._labels import check_folds, class_labels, class_numbers, named
-from ._linear import AbstractLinearTuning
+from ._linear import AbstractJudgedTuning
 from ._penalties import Penalties
 
 
-class MultinomialTuning(AbstractLinearTuning):
+class MultinomialTuning(AbstractJudgedTuning):
     """The log-penalties x of a multinomial logistic regression, tuned for its validation loss.
 
     Inner: minimize over the weights w of shape (c, p), for c classes, with n training rows X and p features,

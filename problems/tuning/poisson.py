@@ -11,11 +11,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from ._criteria import AbstractCriterion, criterion
-from ._linear import AbstractLinearTuning
+from ._linear import AbstractJudgedTuning
 from ._penalties import Penalties
 
 
-class PoissonTuning(AbstractLinearTuning):
+class PoissonTuning(AbstractJudgedTuning):
     """The log-penalties x of a Poisson regression with logarithmic link, tuned for its validation deviance.
 
     Inner: minimize over the weights w, with n training rows, eta = X w and counts b,

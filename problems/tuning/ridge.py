@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from ._criteria import AbstractCriterion, Formula, criterion, formula, leverage
+from ._criteria import AbstractCriterion, AbstractRows, Formula, criterion, formula, leverage
 from ._linear import AbstractLinearTuning, at, squared
 from ._penalties import Penalties
 
@@ -43,7 +43,7 @@ class RidgeTuning(AbstractLinearTuning):
     sparse X, both or neither of validation set and `cv`, unknown `penalties`, unusable `groups` or folds.
     """
 
-    criterion: AbstractCriterion
+    criterion: AbstractRows
     penalties: Penalties
 
     def __init__(
@@ -70,8 +70,9 @@ class RidgeTuning(AbstractLinearTuning):
     def outer(self, x: ArrayLike, y: ArrayLike) -> Float[Array, ""]:
         """Half the mean squared error on the validation rows, averaged over folds."""
         x, y = jnp.asarray(x), jnp.asarray(y)
-        if not isinstance(self.criterion, Formula):
+        if isinstance(self.criterion, AbstractCriterion):
             return self.criterion.validation(at(x, squared), y)
+        assert isinstance(self.criterion, Formula)
         self.criterion.check(y)
         X, targets = self.criterion.X, self.criterion.targets
         hessian = jnp.diag(jnp.exp(self.penalties.spread(x)) * self.penalties.scale)
