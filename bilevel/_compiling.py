@@ -35,6 +35,11 @@ def quickly(yes: bool = True):
         _quick.reset(token)
 
 
+def asked_quickly() -> bool:
+    """Whether this is inside `quickly`."""
+    return _quick.get()
+
+
 @functools.cache
 def options(backend: str) -> dict | None:
     """The options under which this backend compiles quickly; None where it has none, or does not know these."""
@@ -55,7 +60,7 @@ def compiled(function: Callable) -> Callable:
     @functools.wraps(function)
     def call(*args):
         backend = jax.default_backend()
-        if not _quick.get() or options(backend) is None:
+        if not asked_quickly() or options(backend) is None:
             return fully(*args)
         if backend not in with_options:
             with_options[backend] = eqx.filter_jit(function, compiler_options=options(backend))

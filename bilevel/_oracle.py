@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from ._compiling import compiled
+from ._compiling import asked_quickly, compiled, quickly
 from ._entry import explain
 from ._precision import kept_copies
 from ._trees import ravel, ravel_like
@@ -109,7 +109,12 @@ class Oracle:
         goals = tuple(np.asarray(goal, self.dtype) for goal in (rtol, atol, aim))
         copies = kept_copies((self.problem.inner, self.problem.outer))
         settings = (self.solver, self.adjoint, self.max_inner_steps, guess, copies)
-        result, extras = _evaluate(self.problem, tree, y, goals, *settings)
+
+        def evaluate(tree):
+            with quickly(asked_quickly() or self.problem.inner.compiles_quickly):
+                return _evaluate(self.problem, tree, y, goals, *settings)
+
+        result, extras = evaluate(tree)
         # A line search that closes in on a kink of h ends up on it, where h has a value but no gradient. Beside it
         # there is one, and the value is the same to the length of the step aside.
         for aside in _ASIDE:
@@ -117,7 +122,7 @@ class Oracle:
                 break
             near = x + aside * np.maximum(1.0, np.abs(x))
             tree = self.unravel_x(jnp.asarray(near, self.dtype))
-            result, extras = _evaluate(self.problem, tree, y, goals, *settings)
+            result, extras = evaluate(tree)
         word = result.status.word
         if word not in ("converged", "round_off"):
             message = explain("minimize", result, result.status, self.problem.inner, tree, y)

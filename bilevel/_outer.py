@@ -41,7 +41,7 @@ def lbfgsb(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation], boo
 
     def function(x):
         found = oracle(x)
-        if any(_kink_between(other, found, oracle.scale, max(_CLOSE, 0.1 * setting.tol)) for other in recent):
+        if any(kink_between(other, found, setting, oracle.scale) for other in recent):
             recent.append(found)
             raise _AtKink
         recent[:] = [*recent[-_RECENT:], found]
@@ -76,17 +76,27 @@ _RECENT = 10  # evaluations that a new one is compared with
 _CLOSE = 1e-7  # relative distance of two points that only a kink explains a change of the gradient between
 
 
-def _kink_between(one: Evaluation, other: Evaluation, scale: float, close: float) -> bool:
-    """Whether h of one variable falls steeply towards the gap between two points next to each other, from both sides:
-    it has a minimum at a kink there, and L-BFGS-B would close in on it to the last bit, over and over. (With more
-    variables the others may still have a way to go.) The lower point is off by less than its slope times the gap."""
-    if one.x.size != 1:
+def kink_between(one: Evaluation, other: Evaluation, setting: Setting, scale: float) -> bool:
+    """Whether h has a minimum at a kink between two points next to each other: it falls steeply towards the gap from
+    both sides, and some average of the two gradients vanishes to the tolerance (a subgradient between them). L-BFGS-B
+    would close in on it to the last bit, over and over. The lower point is off by less than its slope times the gap.
+    """
+    gap = other.x - one.x
+    size = float(np.max(np.abs(gap), initial=0.0))
+    if not 0 < size <= max(_CLOSE, 0.1 * setting.tol) * max(1.0, float(np.max(np.abs(one.x)))):
         return False
-    (x1,), (x2,), (g1,), (g2,) = one.x, other.x, one.gradient, other.gradient
-    if not 0 < abs(x2 - x1) <= close * max(1.0, abs(x1)):
-        return False
-    left, right = (g1, g2) if x1 < x2 else (g2, g1)
-    return bool(left < -1e-3 * scale and right > 1e-3 * scale)
+    first, second = (_free(found, setting) for found in (one, other))
+    falls = first @ gap < -1e-3 * scale * size and second @ gap > 1e-3 * scale * size
+    turn = second - first
+    share = float(np.clip(second @ turn / max(float(turn @ turn), np.finfo(float).tiny), 0, 1))
+    rest = share * first + (1 - share) * second  # the shortest average
+    return bool(falls and np.max(np.abs(rest)) <= max(setting.tol * scale, 1e-12))
+
+
+def _free(found: Evaluation, setting: Setting) -> np.ndarray:
+    """The gradient without the entries that a bound holds."""
+    held = ((found.x <= setting.lower) & (found.gradient > 0)) | ((found.x >= setting.upper) & (found.gradient < 0))
+    return np.where(held, 0.0, found.gradient)
 
 
 def newton_cg(

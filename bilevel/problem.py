@@ -83,6 +83,12 @@ class AbstractInner(eqx.Module):
         return None
 
     @property
+    def compiles_quickly(self) -> bool:
+        """Whether outer loops compile their programs with little optimization: where what these compute is in products
+        of matrices and calls of other libraries, and compiling takes longer than that."""
+        return False
+
+    @property
     def default_solver(self) -> Any:
         return None
 

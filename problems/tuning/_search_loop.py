@@ -25,8 +25,17 @@ INNER_STEPS = 200
 """Of an inner solver: a fit that takes more, at an extreme penalty, is not worth waiting for."""
 
 
+FLAT = 5
+"""Steps that together must lower the criterion by a tenth of the tolerance, relatively. At the kinks of a lasso's
+criterion the gradient does not vanish, and a descent that waits for that goes on in ever smaller steps."""
+
+
 SMALL = 2**21
 """Numbers in a problem up to which compiling takes longer than running what is compiled: then it is done quickly."""
+
+
+class _Flat(Exception):
+    pass
 
 
 class Point(NamedTuple):
@@ -55,7 +64,7 @@ class Search:
         tried = []
         for x in setup.scan:
             try:
-                found = self._minimize(problem, x, y, 0)
+                (found,) = self._minimize(problem, x, y, 0)
             except bilevel.NotConverged:
                 continue
             y = found.y
@@ -82,28 +91,38 @@ class Search:
 
     def _descend(self, problem: Any, x: np.ndarray, y: Any) -> Point:
         try:
-            found = self._minimize(problem, x, y, self.n_iter)
+            states = self._minimize(problem, x, y, self.n_iter)
         except bilevel.NotConverged:  # somewhere on the way: the start is what there is, where it can be had
-            found = self._minimize(problem, x, y, 0)
+            states = self._minimize(problem, x, y, 0)
         history = [
             {"step": s.step, "value": s.value, "gradient_norm": float(np.linalg.norm(s.gradient)), "error": s.error}
-            for s in found.history
+            for s in states
         ]
+        found = states[-1]
         x = np.asarray(found.x)
         if float(problem.mixing.shared) > 0:
             x = np.where(self.setup.own, np.mean(x[self.setup.own]) if self.setup.own.any() else 0.0, x)
         return Point(np.clip(x, self.setup.lower, self.setup.upper), found.y, found.value, history)
 
-    def _minimize(self, problem: Any, x: np.ndarray, y: Any, steps: int) -> bilevel.Result:
+    def _minimize(self, problem: Any, x: np.ndarray, y: Any, steps: int) -> list[bilevel.State]:
+        """What was accepted, the start first; raises `NotConverged` where a hypergradient on the way failed."""
         bounds = (jnp.asarray(self.setup.lower), jnp.asarray(self.setup.upper))
         # where n entries share a penalty, each sees an n-th of its slope
         among = max(1, int(self.setup.own.sum())) if float(problem.mixing.shared) > 0 else 1
         data = sum(leaf.size for leaf in jax.tree.leaves(problem) if eqx.is_array(leaf))
-        with quickly(data <= SMALL):
-            return bilevel.minimize(
+        states: list[bilevel.State] = []
+
+        def note(state: bilevel.State) -> None:
+            states.append(state)
+            if len(states) > FLAT and states[-1 - FLAT].value - state.value <= 0.1 * self.tol * abs(state.value):
+                raise _Flat
+
+        with quickly(data <= SMALL), contextlib.suppress(_Flat):
+            bilevel.minimize(
                 problem, jnp.asarray(x, float), y, bounds=bounds, tol=self.tol / among, max_steps=int(steps),
-                progress=bool(self.verbose) and steps > 0, max_inner_steps=INNER_STEPS,
+                callback=note, progress=bool(self.verbose) and steps > 0, max_inner_steps=INNER_STEPS,
             )  # fmt: skip
+        return states
 
 
 def choose_strength(nested: Any, near: np.ndarray, random_state: Any) -> tuple[float, dict[float, list[float]]]:

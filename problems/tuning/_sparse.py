@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 import bilevel
-from bilevel._support import SupportAware
+from bilevel._support import SupportAware, inverse_curvature
 from bilevel.linear import DENSE_LIMIT
 from bilevel.prox import AbstractProx
 
@@ -81,6 +81,10 @@ class SparseTraining(bilevel.AbstractInner):
             return CoordinateDescent()
         return self.composite.default_solver
 
+    @property
+    def compiles_quickly(self):
+        return isinstance(self.default_solver, CoordinateDescent)  # which does most of the work, elsewhere
+
     def initial(self):
         """Zero weights, of shape (p,) or (folds, p)."""
         return self.criterion.initial()
@@ -111,9 +115,11 @@ class SparseTraining(bilevel.AbstractInner):
 
 
 class AbstractSparseTuning(bilevel.AbstractBilevelProblem):
-    """A criterion and the training that goes with it; judged by half the mean squared error."""
+    """A criterion and the training that goes with it, `step` being its step length; judged by half the mean squared
+    error."""
 
     criterion: eqx.AbstractVar[AbstractCriterion]
+    step: eqx.AbstractVar[Float[Array, ""]]
 
     @abc.abstractmethod
     def training(self, criterion: AbstractCriterion) -> SparseTraining:
@@ -122,7 +128,8 @@ class AbstractSparseTuning(bilevel.AbstractBilevelProblem):
     @property
     def inner(self) -> SparseTraining:
         """The training of the weights, in all folds at once where there are folds."""
-        return self.training(self.criterion)
+        training = self.training(self.criterion)
+        return eqx.tree_at(lambda t: t.composite.step, training, self.step, is_leaf=lambda a: a is None)
 
     def outer(self, x: ArrayLike, y: ArrayLike) -> Float[Array, ""]:
         """Half the mean squared error on the validation rows, averaged over folds."""
@@ -140,6 +147,12 @@ class AbstractSparseTuning(bilevel.AbstractBilevelProblem):
         """X y; for the weights of K folds the average."""
         X = self.criterion.rows(owner, X)
         return (self.criterion.models(owner, y) @ X.T).mean(axis=0)
+
+
+@eqx.filter_jit
+def step_length(criterion: AbstractCriterion) -> Float[Array, ""]:
+    """1 / L of the mean squared error, once: it is the same at all weights."""
+    return inverse_curvature(Smooth(criterion), jnp.zeros((), criterion.X.dtype), criterion.initial())
 
 
 def start_below(criterion: AbstractCriterion) -> Float[Array, ""]:

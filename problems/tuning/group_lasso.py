@@ -14,7 +14,7 @@ from bilevel import prox
 
 from ._criteria import AbstractCriterion, criterion
 from ._penalties import group_numbers
-from ._sparse import AbstractSparseTuning, SparseTraining, start_below
+from ._sparse import AbstractSparseTuning, SparseTraining, start_below, step_length
 
 
 class GroupLassoTuning(AbstractSparseTuning):
@@ -37,6 +37,7 @@ class GroupLassoTuning(AbstractSparseTuning):
     """
 
     criterion: AbstractCriterion
+    step: Float[Array, ""]
     groups: tuple[int, ...] = eqx.field(static=True)
     penalties: str = eqx.field(static=True)
 
@@ -56,6 +57,7 @@ class GroupLassoTuning(AbstractSparseTuning):
             raise ValueError(f"{owner}: `penalties` must be 'shared' or 'per-group', found {penalties!r}.")
         self.penalties = penalties
         self.criterion = criterion(owner, X, y, X_val, y_val, cv)
+        self.step = step_length(self.criterion)
         p = self.criterion.X.shape[1]
         self.groups = tuple(range(p)) if groups is None else group_numbers(owner, groups, p)
 

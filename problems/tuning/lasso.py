@@ -13,7 +13,7 @@ from bilevel import prox
 
 from ._criteria import AbstractCriterion, criterion
 from ._penalties import Penalties
-from ._sparse import AbstractSparseTuning, SparseTraining, start_below
+from ._sparse import AbstractSparseTuning, SparseTraining, start_below, step_length
 
 
 class LassoTuning(AbstractSparseTuning):
@@ -36,6 +36,7 @@ class LassoTuning(AbstractSparseTuning):
     """
 
     criterion: AbstractCriterion
+    step: Float[Array, ""]
     penalties: Penalties
 
     def __init__(
@@ -50,6 +51,7 @@ class LassoTuning(AbstractSparseTuning):
         groups: Any = None,
     ):
         self.criterion = criterion("LassoTuning", X, y, X_val, y_val, cv)
+        self.step = step_length(self.criterion)
         self.penalties = Penalties("LassoTuning", penalties, groups, self.criterion.X.shape[1])
 
     def training(self, criterion: AbstractCriterion) -> SparseTraining:
