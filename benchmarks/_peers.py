@@ -20,41 +20,50 @@ def installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def jaxopt_hypergradient(problem, y0, maxiter: int = 5000) -> Callable:
-    """jaxopt: L-BFGS, implicit differentiation by `solve_cg`."""
+def jaxopt_outer(problem, maxiter: int = 5000) -> Callable:
+    """jaxopt: L-BFGS, implicit differentiation by `solve_cg`; (x, y0, tol, linear_tol) -> (outer value, y)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         import jaxopt
         from jaxopt.linear_solve import solve_cg
 
-    def outer(x, tol, linear_tol):
+    def outer(x, y0, tol, linear_tol):
         solve = functools.partial(solve_cg, tol=linear_tol, maxiter=maxiter)
         solver = jaxopt.LBFGS(
             lambda y, x: problem.inner.objective(x, y), tol=tol, maxiter=maxiter, implicit_diff_solve=solve
         )
-        return problem.outer(x, solver.run(y0, x).params)
+        y = solver.run(y0, x).params
+        return problem.outer(x, y), y
 
-    return jax.jit(jax.grad(outer))
+    return outer
 
 
-def optimistix_hypergradient(problem, y0, maxiter: int = 5000) -> Callable:
-    """optimistix: L-BFGS, implicit adjoint by `lineax.CG`."""
+def optimistix_outer(problem, maxiter: int = 5000) -> Callable:
+    """optimistix: L-BFGS, implicit adjoint by `lineax.CG`; as above."""
     import lineax
     import optimistix
 
-    def outer(x, tol, linear_tol):
+    def outer(x, y0, tol, linear_tol):
         solver = optimistix.LBFGS(rtol=tol, atol=tol, norm=optimistix.two_norm)
         adjoint = optimistix.ImplicitAdjoint(lineax.CG(rtol=linear_tol, atol=0.0, norm=jnp.linalg.norm))
         found = optimistix.minimise(
             lambda y, x: problem.inner.objective(x, y), solver, y0, x, adjoint=adjoint, max_steps=maxiter, throw=False,
             tags=frozenset({lineax.positive_semidefinite_tag}),
         )  # fmt: skip
-        return problem.outer(x, found.value)
+        return problem.outer(x, found.value), found.value
 
-    return jax.jit(jax.grad(outer))
+    return outer
 
 
-PEERS = {"jaxopt": jaxopt_hypergradient, "optimistix": optimistix_hypergradient}
+OUTER = {"jaxopt": jaxopt_outer, "optimistix": optimistix_outer}
+
+
+def _gradient(package: str, problem, y0, maxiter: int = 5000) -> Callable:
+    outer = OUTER[package](problem, maxiter)
+    return jax.jit(jax.grad(lambda x, tol, linear_tol: outer(x, y0, tol, linear_tol)[0]))
+
+
+PEERS = {package: functools.partial(_gradient, package) for package in OUTER}
 
 
 def loosest(function: Callable, x, truth, accuracy: float):
