@@ -22,12 +22,12 @@ from ._snapshots import CLOSED, LIMIT, Steps
 
 
 class Point(NamedTuple):
-    """The loss, its gradient and the inner potentials at one theta; `columns`: of `new_weights`, for each step;
+    """The loss, its gradient and the inner potentials at one theta; `sides`: of `_potentials.find`, for each step;
     `error`: about what is wrong in the gradient."""
 
     theta: np.ndarray
     y: Any
-    columns: tuple
+    sides: tuple
     value: float
     gradient: np.ndarray
     error: float
@@ -37,76 +37,79 @@ class Point(NamedTuple):
 # ------------------------------------------------------------------------------------------------ one step
 
 
-class Piece(eqx.Module):
-    """One step as arrays: steps of the same shapes share a compiled program."""
+class Piece(NamedTuple):
+    """One step; what is small is left to NumPy, which compiles nothing."""
 
     kernel: Any
-    design: Array
-    offset: Array | None
-    tau: Array
-    b: Array
-    constant: Array
-    balanced: Array
-    mode: str = eqx.field(static=True)
+    design: np.ndarray
+    offset: np.ndarray
+    tau: float
+    b: np.ndarray
+    constant: float
+    balanced: np.ndarray
+    mode: str
 
-    def work(self, theta):
-        w = self.tau * (self.design @ theta)
-        return w if self.offset is None else w + self.offset
+    def work(self, theta: np.ndarray) -> np.ndarray:
+        return self.tau * (self.design @ theta) + self.offset
 
 
-def _piece(steps: Steps, t: int) -> Piece:
+def pieces(steps: Steps) -> list[Piece]:
+    """The steps, with their features as arrays of float64."""
     assert steps.designs is not None
-    offset = None if steps.offsets is None else steps.offsets[t]
-    tau, b, balanced = steps.step_sizes[t], steps.weights[t], steps.balanced[t]
-    return Piece(steps.kernel(t), steps.designs[t], offset, tau, b, steps.values[t], balanced, steps.mode)
+    wide = lambda a: np.asarray(a, np.float64)
+    offsets = steps.offsets or [0.0] * steps.count
+    rows = zip(steps.designs, offsets, steps.step_sizes, steps.weights, steps.values, steps.balanced, strict=True)
+    return [
+        Piece(steps.kernel(t), wide(design), wide(offset), float(tau), wide(b), float(value), wide(g), steps.mode)
+        for t, (design, offset, tau, b, value, g) in enumerate(rows)
+    ]
 
 
-def _value(piece: Piece, theta, y, tol) -> tuple:
+def _value(piece: Piece, theta: np.ndarray, y, tol: float) -> tuple:
     """For one step: potential, how many steps it took, loss, gradient, what round-off or tol leave wrong in that, and
     what `_curvature` wants to know of this point."""
-    if piece.mode == LIMIT:
-        return _least_squares(piece, theta)
-    w = _work(piece, theta)
-    if piece.mode == CLOSED:
-        f, size, count = potentials.explicit(piece.kernel, w), jnp.zeros((), w.dtype), 1
-    else:  # compiled apart, and shared with the balanced potentials
-        f, size, count = potentials.find(piece.kernel, w, y, tol * piece.kernel.epsilon / piece.tau)
-    return f, count, *_loss(piece, w, f, size)
-
-
-@eqx.filter_jit
-def _work(piece: Piece, theta):
-    return piece.work(theta)
-
-
-@eqx.filter_jit
-def _least_squares(piece: Piece, theta) -> tuple:
-    h, b = piece.balanced + piece.work(theta), piece.b
-    mean = jnp.vdot(b, h)
-    slope = piece.tau * ((b * (h - mean)) @ (piece.design - b @ piece.design))
-    return mean, 0, 0.5 * jnp.vdot(b, jnp.square(h - mean)), slope, 0 * mean, None
-
-
-@eqx.filter_jit
-def _loss(piece: Piece, w, f, size) -> tuple:
-    tau, b = piece.tau, piece.b
+    kernel, tau, b, w = piece.kernel, piece.tau, piece.b, piece.work(theta)
     centred = piece.design - b @ piece.design
-    p, dual, columns = potentials.new_weights(piece.kernel, w, f)
-    spread = jnp.sqrt(jnp.max(b @ centred**2))
-    slope = tau * ((b - p / jnp.sum(p)) @ centred)
-    return jnp.vdot(b, w) + piece.constant - dual, slope, size * tau * spread / piece.kernel.epsilon, columns
+    if piece.mode == LIMIT:
+        h = piece.balanced + w
+        mean = b @ h
+        return (
+            jnp.asarray(mean, kernel.epsilon.dtype),
+            0,
+            0.5 * b @ (h - mean) ** 2,
+            tau * ((b * (h - mean)) @ centred),
+            0.0,
+            None,
+        )
+    at, epsilon = jnp.asarray(w, kernel.epsilon.dtype), float(kernel.epsilon)
+    if piece.mode == CLOSED:
+        (f, sides), size, count = potentials.explicit(kernel, at), 0.0, 1
+    else:  # compiled once, also for the balanced potentials
+        goal = jnp.asarray(tol * epsilon / tau, at.dtype)
+        f, size, sides, count = potentials.find(kernel, at, y, goal)
+    p = b * np.exp(float(kernel.ratio) * (np.asarray(sides.columns, np.float64) - w / epsilon))
+    a, there = np.exp(np.asarray(kernel.log_a, np.float64)), np.asarray(f, np.float64)
+    dual = there[a > 0] @ a[a > 0] - epsilon / float(kernel.ratio) * (p.sum() - a.sum())
+    slope = tau * ((b - p / p.sum()) @ centred)
+    wrong = float(size) * tau * np.sqrt((b @ centred**2).max()) / epsilon
+    return f, int(count), b @ w + piece.constant - dual, slope, wrong, sides
 
 
 @eqx.filter_jit
-def _curvature(piece: Piece, theta, y, columns, rtol, guess) -> tuple:
+def _curvature(kernel, w, sides, directions, rtol, guess, closed) -> tuple:
+    return potentials.curvature(kernel, w, sides, directions, rtol, guess, closed)
+
+
+def _second_of(piece: Piece, theta: np.ndarray, sides, rtol: float, guess) -> tuple:
     """Hessian and the derivative of the potential, for one step."""
-    tau, design, b = piece.tau, piece.design, piece.b
     if piece.mode == LIMIT:
-        centred = jnp.sqrt(b)[:, None] * (design - b @ design)
-        H = tau**2 * (centred.T @ centred)
-        return (H + H.T) / 2, tau * (b @ design)
-    closed = piece.mode == CLOSED
-    return potentials.curvature(piece.kernel, piece.work(theta), y, columns, tau * design, rtol, guess, closed)
+        centred = np.sqrt(piece.b)[:, None] * (piece.design - piece.b @ piece.design)
+        return piece.tau**2 * (centred.T @ centred), piece.tau * (piece.b @ piece.design)
+    cast = lambda a: jnp.asarray(a, piece.kernel.epsilon.dtype)
+    guess = jnp.zeros((len(piece.kernel.log_a), len(theta)), cast(0).dtype) if guess is None else guess
+    w, directions = cast(piece.work(theta)), cast(piece.tau * piece.design)
+    H, df = _curvature(piece.kernel, w, sides, directions, cast(rtol), guess, piece.mode == CLOSED)
+    return np.asarray(H, np.float64), df
 
 
 def gram(steps: Steps) -> np.ndarray:
@@ -127,39 +130,35 @@ def _joined(steps: Steps, parts: list) -> Any:
     return jnp.stack(parts) if steps.mode == LIMIT else tuple(parts)
 
 
-def evaluate(steps: Steps, theta: np.ndarray, y: Any, tol: float) -> Point:
+def evaluate(steps: Steps, parts: list[Piece], theta: np.ndarray, y: Any, tol: float) -> Point:
     """The loss at theta, its potentials found from y on, its gradient right to about tol where round-off allows."""
-    at, dtype = jnp.asarray(theta, steps.epsilon.dtype), steps.epsilon.dtype
-    found, sums, value, gradient, error, sweeps = [], [], 0.0, 0.0, 0.0, 0
-    for t, part in enumerate(_parts(steps, y)):
-        f, count, loss, slope, wrong, columns = _value(_piece(steps, t), at, part, jnp.asarray(tol, dtype))
-        found.append(f)
-        sums.append(columns)
-        value, gradient = value + float(loss), gradient + np.asarray(slope, np.float64)
-        error, sweeps = error + float(wrong), sweeps + int(count)
-    eps = float(jnp.finfo(dtype).eps)
-    error += eps * float(np.linalg.norm(gradient))
-    there, y = np.asarray(theta, np.float64), _joined(steps, found)
-    return Point(there, y, tuple(sums), value, np.asarray(gradient), error, sweeps)
+    theta = np.asarray(theta, np.float64)
+    found, counts, values, slopes, errors, sides = zip(
+        *(_value(piece, theta, at, tol) for piece, at in zip(parts, _parts(steps, y), strict=True)), strict=True
+    )
+    gradient = np.asarray(sum(slopes))
+    error = sum(errors) + float(jnp.finfo(steps.epsilon.dtype).eps) * float(np.linalg.norm(gradient))
+    return Point(theta, _joined(steps, list(found)), sides, float(sum(values)), gradient, error, sum(counts))
 
 
 def hessian(steps: Steps, theta: Array) -> Float[Array, "K K"]:
     """The Hessian at theta, to round-off."""
-    return _second(steps, evaluate(steps, np.asarray(theta), steps.initial(), 0.0), 1e-12)[0]
+    parts = pieces(steps)
+    return jnp.asarray(
+        _second(parts, evaluate(steps, parts, np.asarray(theta), steps.initial(), 0.0), 1e-8)[0], steps.epsilon.dtype
+    )
 
 
-def _second(steps: Steps, point: Point, rtol: float, guess: list | None = None) -> tuple:
+def _second(parts: list[Piece], point: Point, rtol: float, guess: list | None = None) -> tuple:
     """The Hessian, and the derivatives of the potentials; `guess`: those of a point nearby."""
-    rtol = max(rtol, 4 * float(jnp.finfo(steps.epsilon.dtype).eps))
-    at = jnp.asarray(point.theta, steps.epsilon.dtype)
-    parts = [
-        _curvature(
-            _piece(steps, t), at, part, point.columns[t], jnp.asarray(rtol, at.dtype),
-            jnp.zeros((len(steps.sources[t]), len(at)), at.dtype) if guess is None else guess[t],
-        )
-        for t, part in enumerate(_parts(steps, point.y))
-    ]  # fmt: skip
-    return sum(part[0] for part in parts), [part[1] for part in parts]
+    near = [None] * len(parts) if guess is None else guess
+    found = [_second_of(one, point.theta, at, rtol, g) for one, at, g in zip(parts, point.sides, near, strict=True)]
+    return sum(part[0] for part in found), [part[1] for part in found]
+
+
+@eqx.filter_jit
+def _ahead(y, slopes, move):
+    return [f + s @ move for f, s in zip(y, slopes, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------ all steps
@@ -176,11 +175,12 @@ def minimize(owner: str, steps: Steps, penalty: Any, theta: Array, tol: float, m
         check_identified(owner, gram(steps), float(jnp.finfo(dtype).eps))
     value_of = lambda p: p.value + (0.0 if penalty is None else float(penalty.value(jnp.asarray(p.theta, dtype))))
     size_of = lambda p: _optimality(p, penalty, dtype)
-    here = evaluate(steps, np.asarray(theta), steps.initial(), 1e-2 * tol)
-    history, evaluations, stuck, slopes = [_state(0, here, value_of(here), dtype)], here.sweeps, False, None
+    finest = 1e-2 * tol  # of a gradient; far from the minimum less will do
+    parts = pieces(steps)
+    here = evaluate(steps, parts, np.asarray(theta), steps.initial(), finest)
+    history, evaluations, stuck, slopes, rtol = [_state(0, here, value_of(here), dtype)], here.sweeps, False, None, 0.1
     while size_of(here) > tol and len(history) <= max_steps and not stuck:
-        matrix, slopes = _second(steps, here, 1e-5, slopes)
-        H = np.asarray(matrix, np.float64)
+        H, slopes = _second(parts, here, rtol, slopes)
         goal = _newton_point(H, here.gradient, penalty) if penalty is None else _proximal_point(here, H, penalty)
         move = goal - (0.0 if penalty is None else here.theta)
         decrease = here.gradient @ move
@@ -188,15 +188,22 @@ def minimize(owner: str, steps: Steps, penalty: Any, theta: Array, tol: float, m
             decrease += float(penalty.value(jnp.asarray(goal, dtype))) - (value_of(here) - here.value)
         t, old, new = 1.0, value_of(here), None
         while t > 1e-9:
-            start = [f + t * (s @ jnp.asarray(move, dtype)) for f, s in zip(_parts(steps, here.y), slopes, strict=True)]
-            new = evaluate(steps, here.theta + t * move, _joined(steps, start), 1e-2 * tol)
+            start = _ahead(_parts(steps, here.y), slopes, jnp.asarray(t * move, dtype))
+            new = evaluate(
+                steps, parts, here.theta + t * move, _joined(steps, start), max(finest, 1e-4 * size_of(here))
+            )
             evaluations += new.sweeps
+            if new.error > max(finest, 0.1 * size_of(new)):  # closer than expected
+                new = evaluate(steps, parts, new.theta, new.y, max(finest, 1e-2 * size_of(new)))
+                evaluations += new.sweeps
             better = value_of(new) <= old + 1e-4 * t * decrease
             if np.isfinite(new.value) and (better or size_of(new) < 0.9 * size_of(here)):
                 break
             t, new = t / 2, None
         stuck = new is None
         if new is not None:
+            # a Hessian that is too large makes steps too short
+            rtol = max(0.03 * rtol, 1e-8) if size_of(new) > 0.1 * size_of(here) else max(0.3 * rtol, min(rtol, 0.01))
             here = new
             history.append(_state(len(history), here, value_of(here), dtype))
     return _result(here, history, size_of(here), tol, max_steps, evaluations, steps)

@@ -122,7 +122,7 @@ class SnapshotSolver(AbstractSolver):
             a = inner.source_weights[t]
             least = jnp.sqrt(jnp.min(jnp.where(a > 0, a, jnp.inf)))
             share = tol * least / np.sqrt(inner.count)  # |F| <= |a^1/2 F| / least
-            f, _, count = potentials.find(kernel, w, y0[t], share)
+            f, _, _, count = potentials.find(kernel, w, y0[t], share)
             found.append(f)
             steps = steps + count
         return Found(tuple(found), jnp.maximum(steps, 1), jnp.maximum(steps, 1))
@@ -169,33 +169,36 @@ class BalancedSolver(AbstractSolver):
         kernel = inner.kernel
         a = jnp.exp(kernel.log_a)
         least = jnp.sqrt(jnp.min(jnp.where(a > 0, a, jnp.inf)))
-        f, _, count = potentials.find(kernel, jnp.zeros_like(kernel.log_b), y0, tol * least)
+        f, _, _, count = potentials.find(kernel, jnp.zeros_like(kernel.log_b), y0, tol * least)
         f = f - jnp.sum(jnp.where(a > 0, f, 0) * a)
         return Found(f, jnp.maximum(count, 1), jnp.maximum(count, 1))
 
 
 def _balanced(kernel: Kernel) -> tuple[Array, Array]:
     """The target's potential g, and W_epsilon."""
-    if not all(inputs.concrete(leaf) for leaf in jax.tree.leaves(kernel)):
-        f = bilevel.solve(Balanced(kernel), None, jnp.zeros_like(kernel.log_a)).y
-    else:
-        f = _concrete(kernel)
-    a, b = jnp.exp(kernel.log_a), jnp.exp(kernel.log_b)
-    g = -kernel.epsilon * kernel.columns(f)
-    return g, jnp.sum(jnp.where(a > 0, f, 0) * a) + jnp.sum(jnp.where(b > 0, g, 0) * b)
+    if all(inputs.concrete(leaf) for leaf in jax.tree.leaves(kernel)):
+        return _concrete(kernel)
+    f = bilevel.solve(Balanced(kernel), None, jnp.zeros_like(kernel.log_a)).y
+    return _other(kernel, f, kernel.columns(f))
 
 
-def _concrete(kernel: Kernel) -> Array:
-    """f without the engine's derivative rule, which nobody needs here: large problems compile and run faster."""
+@eqx.filter_jit
+def _other(kernel: Kernel, f: Array, columns: Array) -> tuple[Array, Array]:
+    a, b, g = jnp.exp(kernel.log_a), jnp.exp(kernel.log_b), -kernel.epsilon * columns
+    mean = jnp.sum(jnp.where(a > 0, f, 0) * a)
+    g = g + mean  # of the f whose mean is zero
+    return g, jnp.sum(jnp.where(b > 0, g, 0) * b)
+
+
+def _concrete(kernel: Kernel) -> tuple[Array, Array]:
+    """The same without the engine's derivative rule, which nobody needs here: compiles and runs faster."""
     eps = float(jnp.finfo(kernel.epsilon.dtype).eps)
     zero = jnp.zeros_like(kernel.log_b)
-    f, size, _ = potentials.find(kernel, zero, jnp.zeros_like(kernel.log_a), jnp.asarray(0.0, zero.dtype))
-    a = jnp.exp(kernel.log_a)
-    f = f - jnp.sum(jnp.where(a > 0, f, 0) * a)
-    scale = float(jnp.linalg.norm(jnp.sqrt(a) * f)) + float(kernel.epsilon)
+    f, size, sides, _ = potentials.find(kernel, zero, jnp.zeros_like(kernel.log_a), jnp.asarray(0.0, zero.dtype))
+    scale = float(jnp.linalg.norm(jnp.exp(kernel.log_a / 2) * f)) + float(kernel.epsilon)
     if not float(size) <= 1e4 * eps * scale:
         raise bilevel.NotConverged(
             f"flows.InverseJKO: the entropic transport between two snapshots did not converge, its potentials are "
             f"wrong by about {float(size):.1e}; raise `epsilon` (now {float(kernel.epsilon):g}) or scale the points."
         )
-    return f
+    return _other(kernel, f, sides.columns)
