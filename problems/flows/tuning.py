@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 import bilevel
 
 from . import _inputs as inputs
+from ._folds import Fit, Joint, Shrink
 from ._penalties import L1
-from ._snapshots import LIMIT, SOFT, Steps
+from ._snapshots import LIMIT, SOFT
 from .features import Linear
 from .inverse import InverseJKO
 from .scores import mmd
@@ -24,58 +24,17 @@ OWNER = "flows.LeaveOneOut"
 WORDS = ("epsilon", "sharpening", "l1")
 
 
-class Fit(eqx.Module):
-    """The inner objective: one theta for each fold, each of them fitted without a snapshot."""
-
-    model: InverseJKO
-    masks: Float[Array, "folds steps"]
-    tune: tuple[str, ...] = eqx.field(static=True)
-
-    def setting(self, x: dict) -> tuple[Steps, Any]:
-        """The steps and the l1 weight at x."""
-        model = self.model
-        epsilon = jnp.exp(x["epsilon"]) if "epsilon" in self.tune else model.epsilon
-        strength = model.inner.strength
-        if "sharpening" in self.tune:
-            strength = strength - model.sharpening + jnp.exp(x["sharpening"])
-        steps = eqx.tree_at(lambda s: (s.epsilon, s.strength), model.inner, (epsilon, strength))
-        weight = jnp.exp(x["l1"]) if "l1" in self.tune else getattr(model.penalty_, "weight", None)
-        return steps, weight
-
-    def __call__(self, x: dict, y: Float[Array, "folds K"]) -> Float[Array, ""]:
-        """The loss of each fold at its theta, summed over folds, up to constants of theta."""
-        steps, _ = self.setting(x)
-
-        def fold(theta, mask):
-            start = steps.initial()
-            if steps.mode == SOFT:
-                f = bilevel.solve(steps, theta, start).y
-            else:
-                f = jax.tree.map(lambda a, r: a - r, start, steps.optimality(theta, start))
-            return sum(mask[t] * steps.loss(theta, f, t) for t in range(steps.count))
-
-        return jnp.sum(jax.vmap(fold)(y, self.masks))
-
-
-class Shrink(eqx.Module):
-    """The prox of the l1 penalty, whose weight x may hold."""
-
-    fit: Fit
-
-    def __call__(self, x: dict, v: Array, t: Any) -> Array:
-        return L1(self.fit.setting(x)[1]).prox(v, t)
-
-
 class LeaveOneOut(bilevel.AbstractBilevelProblem):
     """Leave-one-snapshot-out: the mean squared MMD of one-step forecasts of snapshots that were left out of the fit.
 
     The innermost problem finds the potentials of the steps, the inner one theta for each fold, y of shape
     (folds, K); the outer variable x is a dict of logarithms, of those of "epsilon", "sharpening" and "l1" named in
     `tune`. Fold s fits without snapshot s (without the steps to and from it), and forecasts it from snapshot s - 1.
+    With a positive sharpening (or internal energy) the two inner levels are one: they minimize one convex function of
+    theta and potentials, y is a pair of both, the potentials (folds, n_t) for each step.
 
     **Arguments:** `model`: an `InverseJKO` with features linear in theta and finite sharpening; what is not tuned
-    stays as it is there, what is tuned starts there. A positive sharpening makes every fit solve the steps again, which
-    takes minutes to compile; no test covers it yet. `snapshots`: those of the model.
+    stays as it is there, what is tuned starts there. `snapshots`: those of the model.
 
     **Raises:** ValueError, TypeError naming the argument.
     """
@@ -111,30 +70,35 @@ class LeaveOneOut(bilevel.AbstractBilevelProblem):
         self.masks = jnp.asarray(rows, model.epsilon.dtype)
 
     @property
+    def fit(self) -> Fit:
+        """The inner objective."""
+        return Fit(self.model, self.masks, self.tune)
+
+    @property
     def inner(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         """theta of all folds: a minimization, with an l1 penalty a composite one."""
-        fit = Fit(self.model, self.masks, self.tune)
-        if self.model.penalty_ is None:
-            return bilevel.Minimization(fit)
-        return bilevel.Composite(fit, Shrink(fit))
+        if self.model.penalty_ is not None:
+            return bilevel.Composite(self.fit, Shrink(self.fit))
+        return Joint(self.fit) if self.fit.joint else bilevel.Minimization(self.fit)
 
-    def outer(self, x: dict, y: Float[Array, "folds K"]) -> Float[Array, ""]:
+    def outer(self, x: dict, y: PyTree) -> Float[Array, ""]:
         """The mean over folds of the squared MMD between forecast and snapshot."""
         potential, sizes = self.model.inner.potential, self.model.inner.step_sizes
         assert isinstance(potential, Linear)
-        total = jnp.zeros((), y.dtype)
+        thetas = self.fit.theta(y)
+        total = jnp.zeros((), thetas.dtype)
         for row, s in enumerate(self.folds):
-            theta = y[row, : potential.count]
+            theta = thetas[row, : potential.count]
             path = simulate(potential, theta, self.clouds[s - 1], steps=1, step_size=sizes[s - 1])
             total = total + mmd(path[-1], self.clouds[s])
         return total / len(self.folds)
 
-    def initial(self) -> tuple[dict, Array]:
+    def initial(self) -> tuple[dict, PyTree]:
         """`(x0, y0)`: the logarithms of the model's own numbers, and zeros."""
         model = self.model
         own = {"epsilon": model.epsilon, "sharpening": model.sharpening, "l1": getattr(model.penalty_, "weight", None)}
         x0 = {word: jnp.log(jnp.asarray(own[word], model.epsilon.dtype)) for word in self.tune}
-        return x0, jnp.zeros((len(self.folds), *model.initial()[0].shape), model.epsilon.dtype)
+        return x0, self.fit.initial()
 
     def chosen(self, x: dict) -> dict[str, float]:
         """The numbers at x themselves, not their logarithms."""
