@@ -74,7 +74,7 @@ class Fit(eqx.Module):
             return sum(mask[t] * steps.loss(theta, f, t) + unused[t] for t in range(steps.count))
 
         if self.joint:
-            return jnp.sum(jax.vmap(joint)(*y, self.masks))
+            return jnp.sum(jax.vmap(joint)(y[0], y[1], self.masks))
         return jnp.sum(jax.vmap(closed)(y, self.masks))
 
 
