@@ -62,7 +62,7 @@ def ours(case: Case) -> list[Line]:
         begin = time.perf_counter()
         note = lambda state, seen=seen, begin=begin: seen.append((time.perf_counter() - begin, state.value))
         found = bilevel.minimize(
-            case.problem, x0, y0, bounds=case.bounds, tol=1e-5, max_steps=case.steps, callback=note
+            case.problem, x0, y0, bounds=case.bounds, tol=1e-7, max_steps=case.steps, callback=note
         )
         seconds = time.perf_counter() - begin
         x = np.asarray(found.x)
