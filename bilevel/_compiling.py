@@ -11,11 +11,12 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
 
-_OPTIONS = {
+_OPTIONS: dict[str, Any] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,  # each fused loop else sets up a compiler of its own
@@ -41,7 +42,7 @@ def asked_quickly() -> bool:
 
 
 @functools.cache
-def options(backend: str) -> dict | None:
+def options(backend: str) -> dict[str, Any] | None:
     """The options under which this backend compiles quickly; None where it has none, or does not know these."""
     if backend != "cpu":
         return None
@@ -60,10 +61,12 @@ def compiled(function: Callable) -> Callable:
     @functools.wraps(function)
     def call(*args):
         backend = jax.default_backend()
-        if not asked_quickly() or options(backend) is None:
+        known = options(backend) if asked_quickly() else None
+        if known is None:
             return fully(*args)
         if backend not in with_options:
-            with_options[backend] = eqx.filter_jit(function, compiler_options=options(backend))
+            jit: Any = eqx.filter_jit  # hands on what it does not know itself
+            with_options[backend] = jit(function, compiler_options=known)
         return with_options[backend](*args)
 
     return call

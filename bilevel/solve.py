@@ -95,8 +95,8 @@ def rounds(
     size0 = jnp.linalg.norm(ravel_like(begin[0].optimality(*begin[1:]), flat.dtype))
     big = jnp.asarray(jnp.inf, flat.dtype)
     tol = big if newton_first else first_reduction(inner, x, y0) * size0
-    attempt: Any = eqx.filter_closure_convert(attempt, y0)  # traced once: its shapes are asked for before it is run
-    empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), attempt.out_struct)
+    traced: Any = eqx.filter_closure_convert(attempt, y0)  # once: its shapes are asked for before it is run
+    empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), traced.out_struct)
     zero = jnp.zeros((), jnp.int32)
     start = (flat, tol, size0, empty, zero, zero, zero, zero, jnp.asarray(False))
 
@@ -125,7 +125,7 @@ def rounds(
 
         nothing = jnp.zeros((), jnp.int32)
         new, did, spent = lax.cond(ask, run, lambda point: (point, nothing, nothing), point)
-        new_attempt = attempt(unravel(new))
+        new_attempt = traced(unravel(new))
         progress = new_attempt.residual < 0.9 * size
         asked_in_vain = ask & (did <= 1) & ~progress & (count > 0)
         # a refused Newton step says nothing about the solver: it gets its turn first

@@ -78,11 +78,10 @@ def test_a_host_solver_keeps_double_precision_where_only_the_callers_thread_has_
         with jax.enable_x64(True):
             inner = Minimization(lambda x, y: 0.5 * y @ jnp.asarray(A) @ y - x @ y / 3)
             x = jnp.asarray([1.0, 1.0, 1.0], jnp.float64)
-            found = solvers.Host(solve).find(inner, x, x, tol=0.0, max_steps=1)
-            again = jax.jit(lambda x: solvers.Host(solve).find(inner, x, x, tol=0.0, max_steps=1).y)(x)
-            batch = jax.vmap(lambda x: solvers.Host(solve).find(inner, x, x, tol=0.0, max_steps=1).y)(x[None])
+            find = lambda x: solvers.Host(solve).find(inner, x, x, tol=jnp.zeros(()), max_steps=1).y
+            found, again, batch = find(x), jax.jit(find)(x), jax.vmap(find)(x[None])
             exact = np.linalg.solve(A, np.ones(3) / 3)
-            for y in (found.y, again, batch[0]):
+            for y in (found, again, batch[0]):
                 np.testing.assert_allclose(np.asarray(y), exact, rtol=1e-15)
                 assert y.dtype == jnp.float64
     finally:

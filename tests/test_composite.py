@@ -245,13 +245,15 @@ def test_a_saddle_on_the_support_is_no_minimum():
 
 def test_a_step_that_is_known_changes_nothing_but_the_work():
     problem, x = lasso(30, 8, 0.2)
-    smooth = problem.inner.smooth
+    inner: Any = problem.inner
+    smooth = inner.smooth
     known = 1 / jnp.linalg.eigvalsh(smooth.A.T @ smooth.A / 30)[-1]
-    other = BilevelProblem(Composite(smooth, prox.l1(jnp.exp), step=known), problem.outer)
+    told = Composite(smooth, prox.l1(jnp.exp), step=known)
+    other = BilevelProblem(told, problem.outer)
     found, same = (bilevel.hypergradient(p, x, jnp.zeros(8), rtol=1e-9) for p in (problem, other))
     np.testing.assert_allclose(same.y, found.y, atol=1e-9)
     np.testing.assert_allclose(same.gradient, found.gradient, rtol=1e-8)
-    np.testing.assert_allclose(other.inner.step_length(x, found.y), known, rtol=1e-12)
+    np.testing.assert_allclose(told.step_length(x, found.y), known, rtol=1e-12)
     with pytest.raises(ValueError, match="step"):
         Composite(smooth, prox.l1(jnp.exp), step=-1.0)
 
