@@ -310,7 +310,7 @@ MUTANTS = [
     ),
     Mutant(
         "gauge not shifted away from zero",
-        "bilevel._system:_shifted",
+        "bilevel._system:shifted",
         "mv(v) + size * gauge(v)",
         "mv(v)",
         hypergradient,

@@ -71,11 +71,21 @@ def _reach(dtype) -> float:
     return 300.0 if jnp.finfo(dtype).bits >= 64 else 35.0
 
 
+def _moved(kernel: Kernel, f: Array, near: Near) -> tuple[Array, Array]:
+    """How far f / epsilon is from near's at the points there are: beside a constant, and the constant, which may be
+    huge (it moves F by `ratio` times as much) and only shifts the columns."""
+    there = kernel.log_a > -jnp.inf
+    weights = jnp.exp(kernel.log_a)
+    moved = jnp.where(there, (f - near.f) / kernel.epsilon, 0)
+    constant = (weights @ moved) / jnp.sum(weights)
+    return jnp.where(there, moved - constant, 0), constant
+
+
 def _sides_near(kernel: Kernel, w: Array, f: Array, near: Near) -> Sides:
-    """Not finite where f is too far."""
-    moved = (f - near.f) / kernel.epsilon
-    far = jnp.max(jnp.where(kernel.log_a > -jnp.inf, jnp.abs(moved), 0)) > _reach(f.dtype)
-    columns = near.top + jnp.log(jnp.exp(kernel.log_a + moved) @ near.matrix)
+    """Not finite where f is too far, up to a constant."""
+    moved, constant = _moved(kernel, f, near)
+    far = jnp.max(jnp.abs(moved)) > _reach(f.dtype)
+    columns = near.top + jnp.log(jnp.exp(kernel.log_a + moved) @ near.matrix) + constant
     right = _right(kernel, w, columns) + near.top
     shift = jnp.max(right)
     rows = jnp.log(near.matrix @ jnp.exp(right - shift)) + shift - near.f / kernel.epsilon
@@ -120,8 +130,8 @@ def _scaled_near(kernel: Kernel, w: Array, sides: Sides, near: Near) -> Scaled:
 
 
 def solve_scaled(B: Scaled, ratio, rhs, rtol, root_a, max_steps: int = 400):
-    """S z = rhs, shape (n,), by conjugate gradients; without its part along `root_a` (of length 1 for the balanced
-    problem, which is singular along it, else zero)."""
+    """S z = rhs, shape (n,), by conjugate gradients beside a^1/2, of length 1 in `root_a`: B's singular vector, along
+    which S is `ratio` exactly, and singular for the balanced problem (there z has no part along it)."""
 
     def off(v):
         return v - root_a * (root_a @ v)
@@ -139,9 +149,11 @@ def solve_scaled(B: Scaled, ratio, rhs, rtol, root_a, max_steps: int = 400):
         new = r @ r
         return z, r, r + new / square * p, new, count + 1
 
+    part = jnp.where(ratio > 0, (root_a @ rhs) / jnp.where(ratio > 0, ratio, 1), 0)
     rhs = off(rhs)
     goal = rtol**2 * (rhs @ rhs)
-    return lax.while_loop(unfinished, body, (jnp.zeros_like(rhs), rhs, rhs, rhs @ rhs, jnp.asarray(0)))[0]
+    z = lax.while_loop(unfinished, body, (jnp.zeros_like(rhs), rhs, rhs, rhs @ rhs, jnp.asarray(0)))[0]
+    return z + part * root_a
 
 
 def solve_block(B: Scaled, ratio, rhs, rtol, guess, max_steps: int = 100):
@@ -150,7 +162,8 @@ def solve_block(B: Scaled, ratio, rhs, rtol, guess, max_steps: int = 100):
     that are nearly dependent are left to a new start."""
     apply = lambda v: v - (1 - ratio) * B.forward(B.back(v))
     longest = lambda v: jnp.linalg.norm(v, axis=0)
-    goal = jnp.maximum(rtol * longest(rhs), 10 * jnp.finfo(rhs.dtype).eps * jnp.max(longest(rhs)))
+    eps = float(jnp.finfo(rhs.dtype).eps)
+    goal = jnp.maximum(rtol * longest(rhs), 10 * eps * jnp.max(longest(rhs)))
 
     def again(carry):
         _, R, size, old, count = carry
@@ -168,7 +181,8 @@ def solve_block(B: Scaled, ratio, rhs, rtol, guess, max_steps: int = 100):
             z, Q, P, C, count = carry
             AP = apply(P)
             values, vectors = jnp.linalg.eigh(P.T @ AP)
-            T = (vectors * jnp.where(values > 0, 1 / jnp.where(values > 0, values, 1), 0)) @ vectors.T
+            there = values > 10 * len(values) * eps * values[-1]  # directions left out are zeros of it, to round-off
+            T = (vectors * jnp.where(there, 1 / jnp.where(there, values, 1), 0)) @ vectors.T
             z, (Q, turn) = z + P @ (T @ C), _orthonormal(Q - AP @ T)
             return z, Q, Q + P @ turn.T, turn @ C, count + 1
 
@@ -201,7 +215,7 @@ def find(kernel: Kernel, w: Array, f: Array, tol: Array) -> tuple[Array, Array, 
     """`(f, |a^1/2 F|, sides, steps)`, the second below tol as far as round-off allows; `ratio` = 0: the balanced
     problem."""
     root_a = jnp.exp(kernel.log_a / 2)
-    along = jnp.where(kernel.ratio == 0, 1, 0).astype(f.dtype) * root_a / jnp.linalg.norm(root_a)
+    along = root_a / jnp.linalg.norm(root_a)
     floor = 8 * jnp.finfo(f.dtype).eps
     there = root_a > 0
 
@@ -255,7 +269,7 @@ def find(kernel: Kernel, w: Array, f: Array, tol: Array) -> tuple[Array, Array, 
         better = new < size
         f = jnp.where(better, f - t * move, f)
         sides = Sides(*(jnp.where(better, one, other) for one, other in zip(new_sides, sides, strict=True)))
-        moved = jnp.max(jnp.where(there, jnp.abs(f - near.f), 0)) / kernel.epsilon
+        moved = jnp.max(jnp.abs(_moved(kernel, f, near)[0]))
         anew = lambda: _near(kernel, jnp.where(there, f, -kernel.epsilon * sides.rows))
         near = lax.cond(moved > _reach(f.dtype) / 10, anew, lambda: near)
         return f, near, sides, jnp.minimum(new, size), ~better, count + 1
