@@ -134,7 +134,11 @@ def loop(case: Case, package: str, limit: float) -> Line | None:
         return value, slope
 
     points: list[np.ndarray] = []
-    function(np.asarray(x0, float).ravel())
+    try:
+        function(np.asarray(x0, float).ravel())
+    except jax.errors.JaxRuntimeError as error:
+        print(f"  {package} loop: fails at its first hypergradient ({type(error).__name__})")
+        return None
     ends: Any = [np.broadcast_to(side, x0.shape).ravel() for side in case.bounds]
     sides = scipy.optimize.Bounds(ends[0], ends[1])
     seen.clear()
