@@ -103,8 +103,7 @@ def _curvature(kernel, w, sides, directions, rtol, guess, closed) -> tuple:
 def _second_of(piece: Piece, theta: np.ndarray, sides, rtol: float, guess) -> tuple:
     """Hessian and the derivative of the potential, for one step."""
     if piece.mode == LIMIT:
-        centred = np.sqrt(piece.b)[:, None] * (piece.design - piece.b @ piece.design)
-        return piece.tau**2 * (centred.T @ centred), piece.tau * (piece.b @ piece.design)
+        return piece.tau**2 * _covariance(piece.design, piece.b), piece.tau * (piece.b @ piece.design)
     cast = lambda a: jnp.asarray(a, piece.kernel.epsilon.dtype)
     guess = jnp.zeros((len(piece.kernel.log_a), len(theta)), cast(0).dtype) if guess is None else guess
     w, directions = cast(piece.work(theta)), cast(piece.tau * piece.design)
@@ -114,12 +113,14 @@ def _second_of(piece: Piece, theta: np.ndarray, sides, rtol: float, guess) -> tu
 
 def gram(steps: Steps) -> np.ndarray:
     """The features' covariances under the snapshots, summed: singular where the data cannot tell features apart."""
-    total = 0.0
-    for design, b in zip(steps.designs or (), steps.weights, strict=True):
-        design, b = np.asarray(design, np.float64), np.asarray(b, np.float64)
-        centred = np.sqrt(b)[:, None] * (design - b @ design)
-        total = total + centred.T @ centred
-    return np.asarray(total)
+    wide = lambda a: np.asarray(a, np.float64)
+    rows = zip(steps.designs or (), steps.weights, strict=True)
+    return np.asarray(sum(_covariance(wide(design), wide(b)) for design, b in rows))
+
+
+def _covariance(design: np.ndarray, b: np.ndarray) -> np.ndarray:
+    centred = np.sqrt(b)[:, None] * (design - b @ design)
+    return centred.T @ centred
 
 
 def _parts(steps: Steps, y: Any) -> list:
