@@ -119,13 +119,16 @@ class SnapshotSolver(AbstractSolver):
         found, steps = [], jnp.asarray(0)
         for t in range(inner.count):
             kernel, w = inner.kernel(t), inner.work(x, t)
-            a = inner.source_weights[t]
-            least = jnp.sqrt(jnp.min(jnp.where(a > 0, a, jnp.inf)))
-            share = tol * least / np.sqrt(inner.count)  # |F| <= |a^1/2 F| / least
+            share = tol * _least_root(inner.source_weights[t]) / np.sqrt(inner.count)
             f, _, _, count = potentials.find(kernel, w, y0[t], share)
             found.append(f)
             steps = steps + count
         return Found(tuple(found), jnp.maximum(steps, 1), jnp.maximum(steps, 1))
+
+
+def _least_root(a: Array) -> Array:
+    """Of the smallest weight that is there: |F| <= |a^1/2 F| divided by it."""
+    return jnp.sqrt(jnp.min(jnp.where(a > 0, a, jnp.inf)))
 
 
 def make_steps(
@@ -168,8 +171,7 @@ class BalancedSolver(AbstractSolver):
     def find(self, inner, x, y0, *, tol, max_steps):
         kernel = inner.kernel
         a = jnp.exp(kernel.log_a)
-        least = jnp.sqrt(jnp.min(jnp.where(a > 0, a, jnp.inf)))
-        f, _, _, count = potentials.find(kernel, jnp.zeros_like(kernel.log_b), y0, tol * least)
+        f, _, _, count = potentials.find(kernel, jnp.zeros_like(kernel.log_b), y0, tol * _least_root(a))
         f = f - jnp.sum(jnp.where(a > 0, f, 0) * a)
         return Found(f, jnp.maximum(count, 1), jnp.maximum(count, 1))
 
