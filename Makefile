@@ -7,12 +7,13 @@ PY := .venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help demo test test-slow lint docs clean gone
+.PHONY: help demo test test-long test-slow lint docs clean gone
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    tune a model by hypergradients and draw what happened"
 	@echo "make test    lint, type check, tests"
+	@echo "make test-long   the tests that take more than seven seconds each, most of it compiling"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make lint    the first two of these"
 	@echo "make docs    the documentation, in build/docs/index.html"
@@ -22,10 +23,13 @@ demo: .venv/.ready-examples
 	@MPLBACKEND=Agg $(PY) examples/plot_tune_logistic.py
 
 # Two processes: one thread each for NumPy's linear algebra.
-test test-slow: export OPENBLAS_NUM_THREADS := 1
+test test-long test-slow: export OPENBLAS_NUM_THREADS := 1
 
 test: lint
-	@$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
+	@$(PY) -m pytest -n 2 --dist worksteal -m "not long and not slow"
+
+test-long: .venv/.ready-test
+	@$(PY) -m pytest -n 2 --dist worksteal -m "long and not slow"
 
 test-slow: .venv/.ready-test
 	@$(PY) -m pytest -n 2 --dist worksteal -m slow

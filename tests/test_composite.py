@@ -43,6 +43,7 @@ def support_formula(problem, x, y):
     return -np.exp(x) * np.sign(y[on]) @ np.linalg.solve(H, g[on]), on
 
 
+@pytest.mark.long
 def test_lasso_with_more_unknowns_than_data():
     problem: Any
     problem, x = lasso(100, 1000, 0.1)
@@ -114,6 +115,7 @@ def reference(problem, x):
     return outer(x, y), y
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_against_central_differences(kind):
     problem = case(kind)
@@ -155,6 +157,7 @@ def derivative_of_the_solution(inner, x):
     return y, dy
 
 
+@pytest.mark.long
 def test_closed_form_and_the_edge_between_two_supports():
     x = jnp.asarray(np.log(0.5))
     for b in ([2.0, -1.0, 0.1, 0.7], [2.0, 0.5 + 1e-5, 0.1, 0.7], [2.0, 0.5 - 1e-5, 0.1, 0.7]):
@@ -243,6 +246,7 @@ def test_a_saddle_on_the_support_is_no_minimum():
     assert state.status == "not_a_minimum"
 
 
+@pytest.mark.long
 def test_a_step_that_is_known_changes_nothing_but_the_work():
     problem, x = lasso(30, 8, 0.2)
     inner: Any = problem.inner

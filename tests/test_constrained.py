@@ -81,6 +81,7 @@ def derivatives_of_the_solution(inner, x):
     return jax.jacrev(of_solution, has_aux=True)(x)
 
 
+@pytest.mark.long
 def test_a_quadratic_program_and_its_multipliers():
     x = 0.4
     problem: Any = program(IN_0)
@@ -117,6 +118,7 @@ def test_a_quadratic_program_and_its_multipliers():
         bilevel.hypergradient(program(limits), jnp.asarray(x), jnp.zeros(N))
 
 
+@pytest.mark.long
 def test_a_ball_as_the_constraint():
     """min y'Hy/2 + SLOPE'y on |y|^2 <= x: (H + 2 u) y = -SLOPE, |y|^2 = x. Momentum leaves the ball."""
     x = 0.5

@@ -125,6 +125,7 @@ def test_first_order_constants_are_the_predicted_ones(name):
     np.testing.assert_allclose(measured, predicted, atol=float(1e-5 * np.linalg.norm(predicted)))
 
 
+@pytest.mark.long
 def test_the_default_damping_of_jacobi_contracts_where_the_undamped_one_does_not():
     """Correlated features: the scaled Hessian's largest eigenvalue is far above 2."""
     a = np.full((6, 6), 0.9) + 0.1 * EYE
@@ -176,6 +177,7 @@ def newton_step(x, y):
     return y - jnp.linalg.solve(jax.jacobian(F, argnums=1)(x, y), F(x, y))
 
 
+@pytest.mark.long
 def test_the_chain_rule_through_one_newton_step():
     """The fixed point of Newton's step, and the outer function behind it: order two by plain differentiation."""
     outer = CASE.problem.outer
@@ -185,6 +187,7 @@ def test_the_chain_rule_through_one_newton_step():
     np.testing.assert_allclose(slopes(jnp.linalg.norm(gradient - TRUTH.gradient, axis=-1), DISTANCES), 2, atol=0.05)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("linear_solver", [Direct(), ConjugateGradient(rtol=1e-15), ConjugateGradient()])
 def test_newton_on_a_quadratic_inner_problem_is_exact_from_any_distance(linear_solver):
     case = smooth(1, quadratic=True)
@@ -203,6 +206,7 @@ def test_newton_on_a_quadratic_inner_problem_is_exact_from_any_distance(linear_s
     assert np.min(jnp.linalg.norm(plain - truth.gradient, axis=-1)) > 1e-6
 
 
+@pytest.mark.long
 def test_consistency_every_correction_keeps_the_solution():
     for correction in (None, Newton(), Newton(3), Jacobi(), Preconditioner(Frozen(quasi()), steps=2)):
         found = bilevel.estimate(CASE.problem, CASE.x, TRUTH.y, ImplicitAdjoint(correction=correction))

@@ -18,6 +18,7 @@ LONG = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("call", "count"), [("estimate", 200), *LONG])
 def test_a_thousand_problems(call, count):
     """Below 3 .error in at least 99 of 100; median ratio of estimate to truth between 1/2 and 2; untrusted apart."""

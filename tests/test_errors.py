@@ -128,6 +128,7 @@ def test_an_error_of_the_users_own_function_keeps_its_cause():
         bilevel.solve(broken, X3, Y3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("where", "bad"), [("data", np.nan), ("data", np.inf), ("x", np.inf), ("y0", np.nan), ("closure", np.nan)]
 )
@@ -343,6 +344,7 @@ def test_an_undeclared_gauge_is_singular():
 # ------------------------------------------------------------------------------------------------ words
 
 
+@pytest.mark.long
 def test_below_round_off_is_said():
     case = glm("logistic", 0)
     found = bilevel.hypergradient(*case, rtol=1e-20, throw=False)
@@ -365,6 +367,7 @@ def test_stationary_points_of_the_outer_problem():
     assert bilevel.hypergradient(problem, case.x, case.y0, atol=1e-8).converged
 
 
+@pytest.mark.long
 def test_too_few_steps_are_said():
     case = glm("poisson", 1, d=8, cond=1e3)
     far = case.y0 + 8.0
@@ -404,6 +407,7 @@ def test_a_gradient_that_is_zero_by_chance_is_not_warned_of():
 # ------------------------------------------------------------------------------------------------ batches
 
 
+@pytest.mark.long
 def test_one_singular_element_does_not_kill_the_batch():
     A = np.stack([rotated(1, 2, 3), rotated(1, 2, 0), rotated(2, 3, 4), np.full((3, 3), np.nan), rotated(1, 2, -1)])
     good = np.array([True, False, True, False, False])
@@ -453,6 +457,7 @@ def test_importing_changes_nothing():
 # ------------------------------------------------------------------------------------------------ dtypes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("x_dtype", "y_dtype"), [("float32", "float64"), ("float64", "float32")])
 def test_x_and_y_of_different_dtypes(x_dtype, y_dtype):
     """The accuracy is that of the coarser one, and is not claimed beyond it."""
@@ -504,6 +509,7 @@ def test_counting_traces_counts():  # the tool of the tests of compilation
     assert len(calls) == 1
 
 
+@pytest.mark.long
 def test_integer_and_boolean_data_are_fine():
     case = glm("ridge", 3)
     inner = GLMInner(case.problem.inner.objective.X, case.problem.inner.objective.b, jnp.asarray(0, jnp.int32))

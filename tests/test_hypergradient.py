@@ -19,6 +19,7 @@ TRUTH = reference(*CASE)
 # ------------------------------------------------------------------------------------------------ the promise
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("n", "d", "cond"), [(40, 1, 1.0), (80, 20, 1e3), (250, 200, 1e5)])
 def test_the_accuracy_asked_for_is_reached(n, d, cond):
     for kind in KINDS:  # in one test: the kinds share a program
@@ -40,12 +41,14 @@ def the_accuracy_asked_for_is_reached(kind, n, d, cond):
             np.testing.assert_allclose(found.inner_residual, residual, rtol=1e-6, atol=1e-15)
 
 
+@pytest.mark.long
 def test_a_thousand_unknowns():
     case = glm("logistic", 0, 300, 1000, 1e4)
     found = bilevel.hypergradient(*case, rtol=1e-6)
     assert relative(found.gradient, reference(*case).gradient) <= 1e-6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("linear_solver", [ConjugateGradient(), Direct()])
 def test_matrix_free_keeps_the_promise(linear_solver):
     adjoint = ImplicitAdjoint(linear_solver)
@@ -70,6 +73,7 @@ def errors_of_random_problems(call) -> tuple[np.ndarray, np.ndarray, int]:
     return np.asarray(estimated), np.asarray(true), len(true)
 
 
+@pytest.mark.long
 def test_the_error_of_hypergradient_is_right_within_a_factor_three():
     def call(case, truth, seed):
         return bilevel.hypergradient(*case, rtol=(3e-4, 1e-6, 3e-8)[seed % 3])
@@ -80,6 +84,7 @@ def test_the_error_of_hypergradient_is_right_within_a_factor_three():
     assert np.mean(within) >= 0.95, np.sort(estimated / true)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("correction", [bilevel.Newton(), None])
 def test_the_error_of_estimate_is_right_within_a_factor_three(correction):
     adjoint = ImplicitAdjoint(correction=correction)
@@ -115,6 +120,7 @@ def test_an_adjoint_solve_stopped_early_shows_in_the_error(adjoint_):
     assert np.all((np.asarray(ratios) > 1 / 3) & (np.asarray(ratios) < 3)), ratios
 
 
+@pytest.mark.long
 def test_a_truncated_linear_solver_never_converges_to_a_wrong_number():
     for seed, max_steps in ((0, 3), (1, 6), (2, 10)):
         case = glm("logistic", seed, 80, 20, 1e3)
@@ -133,6 +139,7 @@ def test_neumann_is_biased_and_says_so():
     assert float(found.error) > wrong / 3
 
 
+@pytest.mark.long
 def test_min_min_is_super_efficient_without_a_correction():
     """G = f: plain implicit differentiation is already of second order, and f_x(x, y) alone is not."""
     f = CASE.problem.inner.objective
@@ -178,6 +185,7 @@ class Sum(eqx.Module):
         return 2.0 * self.a(x, y) - 3.0 * self.b(x, y)
 
 
+@pytest.mark.long
 def test_invariances_hold_at_every_point():
     """f -> 7 f + q(x) changes nothing; Omega is linear in G. Plain and corrected, away from the solution."""
     f, G = CASE.problem.inner.objective, CASE.problem.outer
@@ -234,6 +242,7 @@ def gradient(x, y0=CASE.y0, problem=CASE.problem):
     return bilevel.hypergradient(problem, x, y0, rtol=1e-9).gradient
 
 
+@pytest.mark.long
 def test_jit_vmap_and_grad_of_the_value():
     eager = gradient(CASE.x)
     np.testing.assert_allclose(jax.jit(gradient)(CASE.x), eager, rtol=1e-9)
@@ -246,6 +255,7 @@ def test_jit_vmap_and_grad_of_the_value():
     np.testing.assert_allclose(jax.grad(value)(CASE.x), TRUTH.gradient, rtol=1e-7)
 
 
+@pytest.mark.long
 def test_vmap_over_data():
     cases = [glm(kind, seed, 60, 5) for seed, kind in enumerate(("ridge", "logistic", "huber"))]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[case.problem for case in cases])
@@ -330,6 +340,7 @@ def test_a_repeated_call_costs_milliseconds():
 # ------------------------------------------------------------------------------------------------ float32
 
 
+@pytest.mark.long
 def test_float32_keeps_its_dtype_and_its_promise():
     case = smooth(dtype=np.float32)
     found = bilevel.hypergradient(*case, rtol=1e-3)
@@ -346,6 +357,7 @@ def test_float32_keeps_its_dtype_and_its_promise():
         bilevel.hypergradient(*case, rtol=1e-8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(4))
 def test_float32_errors_are_honest_on_ill_conditioned_problems(seed):
     case = glm(KINDS[seed], seed, 80, 20, 1e3, np.float32)

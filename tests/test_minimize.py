@@ -93,6 +93,7 @@ def test_max_steps_is_a_result_not_an_exception():
     assert result.steps == 2
 
 
+@pytest.mark.long
 def test_the_accuracy_follows_the_outer_steps(usual):
     """Cold inner solves at a fixed 1e-8 tolerance cost at least three times the inner gradients for the same value."""
     evaluations = 0
@@ -177,6 +178,7 @@ print("x", *[float(a) for a in result.x], flush=True)
 """
 
 
+@pytest.mark.long
 def test_kill_at_random_moments(tmp_path, usual):
     """Killed again and again, it ends at the same x. KILLS=20 for the long version."""
     path = str(tmp_path / "run.npz")
@@ -201,6 +203,7 @@ def test_kill_at_random_moments(tmp_path, usual):
                 process.send_signal(signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_a_point_on_a_kink_of_h_is_stepped_beside():
     """y* = max(1 - e^x, 0): at x = 0 the weight has just gone, and h has a value but no gradient."""
     inner = bilevel.Composite(lambda x, y: 0.5 * jnp.sum((y - 1) ** 2), bilevel.prox.l1(jnp.exp))

@@ -380,6 +380,7 @@ def few_dense(monkeypatch, case) -> None:
         monkeypatch.setattr(importlib.import_module("bilevel.linear"), "DENSE_LIMIT", 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[m.name for m in MUTANTS])
 def test_mutants_are_caught(mutant, monkeypatch):
     few_dense(monkeypatch, mutant.case)
@@ -398,6 +399,7 @@ def test_the_table_of_mutants(capsys):
             print(f"{name:<55} {check}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", [fixed_point, sliding, matrixfree, sparse, transported])
 def test_the_right_engine_passes(case, monkeypatch):
     """What the mutants above are held against, where `test_testing.py` does not have it."""

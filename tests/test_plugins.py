@@ -12,6 +12,7 @@ CASES = {f"{name}: {key}": make for name, plugin in PLUGINS.items() for key, mak
 QUICK = ("tuning: ridge, folds, shared",)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_listed_problems_pass_the_checks(name):
     problem, x, y0 = CASES[name](jax.random.PRNGKey(1))

@@ -4,6 +4,7 @@ import gc
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import bilevel
 from bilevel import _precision as precision
@@ -15,6 +16,7 @@ def large(seed):
     return glm("logistic", seed, 5000, 4)
 
 
+@pytest.mark.long
 def test_copies_are_kept_as_long_as_the_data_and_follow_them(monkeypatch):
     monkeypatch.setattr(precision, "WORTH", 2**14)
     before = len(precision._copies)

@@ -86,6 +86,7 @@ def test_the_secant_inverse_is_the_dense_recursion():
     np.testing.assert_allclose(secant.multiply(secant.d[-1]), secant.s[-1], rtol=1e-10)  # the secant equation
 
 
+@pytest.mark.long
 def test_secant_pairs_of_the_inner_solver_precondition_and_leave_the_limit_exact():
     import warnings
 

@@ -10,6 +10,7 @@ import bilevel
 from bilevel import BilevelProblem, Composite, ImplicitAdjoint, Minimization, NotConverged, prox
 
 
+@pytest.mark.long
 def test_a_prox_that_maps_nan_to_a_number_hides_nothing():
     A = jnp.ones((3, 2)).at[1, 1].set(jnp.nan)
     inner = Composite(lambda x, y: 0.5 * jnp.sum((A @ y - 1) ** 2) + x * jnp.sum(y**2), prox.l1(0.1))

@@ -93,6 +93,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ORDERS)
 def test_order(name):
     problem, phi, correction, order = ORDERS[name]
@@ -113,6 +114,7 @@ def k_w(phi, x, y, jw, w):
     return (moved - turned) @ jnp.linalg.inv(slope)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "phi",
     [
@@ -147,6 +149,7 @@ def test_the_constant_is_that_of_the_formula(phi):
     np.testing.assert_allclose(constant.value, np.linalg.norm(np.stack(rows), 2), rtol=1e-4)
 
 
+@pytest.mark.long
 def test_a_root_in_other_coordinates_gives_the_same_estimate():
     problem = BilevelProblem(Root(lambda x, y: INNER.optimality(x, y)), QUADRATIC.outer)
     y = reference(QUADRATIC, X, Y0).y + 0.1 * WAYS[0]
@@ -158,6 +161,7 @@ def test_a_root_in_other_coordinates_gives_the_same_estimate():
     assert np.linalg.norm(minimizing - plain) > 1e-3
 
 
+@pytest.mark.long
 def test_jacobi_scaling_is_undamped_jacobi_on_ridge_with_an_affine_outer_function():
     rng = np.random.default_rng(3)
     A, b = jnp.asarray(rng.normal(size=(20, 5))), jnp.asarray(rng.normal(size=20))
@@ -170,6 +174,7 @@ def test_jacobi_scaling_is_undamped_jacobi_on_ridge_with_an_affine_outer_functio
     assert np.linalg.norm(one - bilevel.estimate(problem, x, y, ImplicitAdjoint(correction=None)).gradient) > 1e-3
 
 
+@pytest.mark.long
 def test_gradient_coordinates_are_left_preconditioning_by_the_inverse_hessian():
     """To first order in the inner error: the root F_y(x, y)^-1 F(x, y), with the derivative of its factor."""
     truth = reference(QUADRATIC, X, Y0)

@@ -43,6 +43,7 @@ def true_h_derivatives(x):
 # ------------------------------------------------------------------------------------------------ accuracy
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_rtol_bounds_the_error_of_y(kind):
     for cond in (10.0, 1e4):
@@ -66,6 +67,7 @@ def on_the_host(x, y0):
     return np.asarray(TRUTH.y) + 0.02 * rng.normal(size=y0.shape)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "solver",
     [
@@ -89,6 +91,7 @@ def test_every_solver_gives_the_same(solver):
     assert relative(g_x + pull(g_y)[0], TRUTH.gradient) <= 1e-8
 
 
+@pytest.mark.long
 def test_a_closed_form_needs_no_iterations_and_a_wrong_shape_is_refused():
     ridge = glm("ridge", 2)
     f = ridge.problem.inner.objective
@@ -104,6 +107,7 @@ def test_a_closed_form_needs_no_iterations_and_a_wrong_shape_is_refused():
         bilevel.hypergradient(*ridge, solver=lambda x: jnp.zeros(2))
 
 
+@pytest.mark.long
 def test_a_hopeless_black_box_is_not_believed():
     far = solvers.Host(lambda x, y0: y0 + 1e6)
     found = bilevel.hypergradient(*CASE, solver=far, max_steps=3, throw=False)
@@ -123,6 +127,7 @@ def test_without_a_correction_the_solver_alone_has_to_do_it():
 # ------------------------------------------------------------------------------------------------ derivatives
 
 
+@pytest.mark.long
 def test_first_derivatives_in_both_modes():
     assert relative(jax.grad(h)(CASE.x), TRUTH.gradient) < 1e-8
     w = jnp.arange(1.0, 5.0)
@@ -134,6 +139,7 @@ def test_first_derivatives_in_both_modes():
     np.testing.assert_allclose(tangent, J @ w, rtol=1e-8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["hessian", "reverse_over_reverse", "reverse_over_forward", "forward_over_forward"])
 def test_second_derivatives_in_every_mode(mode):
     outer, inner = {
@@ -148,6 +154,7 @@ def test_second_derivatives_in_every_mode(mode):
     np.testing.assert_allclose(found, found.T, atol=1e-8)
 
 
+@pytest.mark.long
 def test_third_derivatives():
     w = jnp.arange(1.0, 5.0) / 5
     along = lambda f: lambda t: f(CASE.x + t * w)
@@ -171,6 +178,7 @@ def test_more_unknowns_than_the_dense_limit(monkeypatch):
     assert relative(jax.grad(value)(CASE.x), TRUTH.gradient) < 1e-8
 
 
+@pytest.mark.long
 def test_jit_vmap_scan():
     eager = jax.grad(h)(CASE.x)
     np.testing.assert_allclose(jax.jit(jax.grad(h))(CASE.x), eager, rtol=1e-10)
@@ -213,6 +221,7 @@ def test_the_starting_point_has_no_derivative_and_one_is_told():
     jax.grad(lambda y0: jnp.sum(bilevel.solve(INNER, CASE.x, y0).y))(CASE.y0)  # said once: a warning is an error here
 
 
+@pytest.mark.long
 def test_closures_over_traced_values():
     """What peers fail on: everything the objective closes over is differentiated, in every transformation."""
     f = INNER.objective
@@ -263,6 +272,7 @@ def test_aux_and_its_derivatives():
 # ------------------------------------------------------------------------------------------------ kinds, dtypes
 
 
+@pytest.mark.long
 def test_roots_and_fixed_points_with_a_non_symmetric_jacobian():
     """The transposed solve is the adjoint's; a symmetric shortcut would be silently wrong here."""
     rng = np.random.default_rng(3)
@@ -285,6 +295,7 @@ def test_roots_and_fixed_points_with_a_non_symmetric_jacobian():
     np.testing.assert_allclose(jax.vjp(gradient, x)[1](jnp.eye(5)[0])[0], row, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_float32_with_x64_enabled():
     case = smooth(dtype=np.float32)
     inner: Any = case.problem.inner

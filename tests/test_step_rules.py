@@ -71,6 +71,7 @@ def test_with_many_terms_the_order(rule):
         np.testing.assert_allclose(slopes(wrong, distances), 1, atol=0.05)
 
 
+@pytest.mark.long
 def test_solve_differentiates_by_the_rule_in_both_modes():
     exact = jax.jacrev(lambda x: bilevel.solve(CASE.problem.inner, x, CASE.y0).y)(CASE.x)
     for rule, close in ((UnrolledAdjoint(600), True), (NeumannAdjoint(600), True), (OneStepAdjoint(), False)):
@@ -101,6 +102,7 @@ def test_bad_counts():
         NeumannAdjoint(-1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("correction", [None, bilevel.Newton(), bilevel.Jacobi(steps=2)])
 def test_the_efficiency_constant_is_the_norm_of_the_estimates_derivative(correction):
     rule = ImplicitAdjoint(correction=correction, guard=False)
@@ -138,6 +140,7 @@ def test_the_three_parts_of_the_constant_vanish_when_their_cause_does():
         bilevel.efficiency_constant(quadratic.problem, quadratic.x, OneStepAdjoint(), y0=quadratic.y0)
 
 
+@pytest.mark.long
 def test_hessian_vector_products_and_their_second_order():
     h = lambda x: CASE.problem.outer(x, bilevel.solve(CASE.problem.inner, x, CASE.y0).y)
     hessian = jax.hessian(h)(CASE.x)

@@ -53,6 +53,7 @@ def test_a_right_problem_passes():
     assert abs(checks.efficiency_order(RIGHT, X, Y0, ImplicitAdjoint(correction=None)) - 1) < 0.1
 
 
+@pytest.mark.long
 def test_trees_a_quadratic_inner_problem_a_declared_operator_and_many_entries_of_x():
     """Newton is exact there: no order can be measured, and none is missed."""
     n = 16
@@ -83,12 +84,14 @@ def test_trees_a_quadratic_inner_problem_a_declared_operator_and_many_entries_of
     assert re.search(r"y\['a'\]\[\d+\]", text)
 
 
+@pytest.mark.long
 def test_float32_is_said_where_it_is_in_the_way():
     x, y0 = X.astype(jnp.float32), Y0.astype(jnp.float32)
     checks.check_hypergradient(RIGHT, x, y0)  # what float32 can do is enough
     checks.check_problem(RIGHT, x, y0)
 
 
+@pytest.mark.long
 def test_a_fixed_point():
     T = jnp.array([[0.3, 0.2], [-0.4, 0.1]])
     problem = BilevelProblem(FixedPoint(lambda x, y: jnp.tanh(T @ y + x)), outer)
@@ -109,6 +112,7 @@ def test_reparametrizations():
 # ------------------------------------------------------------------------------------------------ wrong problems
 
 
+@pytest.mark.long
 def test_swapped_arguments_of_the_same_shape():
     def inner(first, second):  # meant as (y, x)
         return bowl(second, first)
@@ -178,6 +182,7 @@ def test_two_minimisers():
     checks.check_hypergradient(BilevelProblem(inner, outer), X, Y0 + 0.8, unique=False)
 
 
+@pytest.mark.long
 def test_an_unconverged_solver():
     far = lambda x: 5.0 + 0 * x
     inner = lambda x, y: jnp.sum(jnp.exp(jnp.sin(3 * y))) + bowl(x, y)
@@ -221,6 +226,7 @@ def test_a_hand_written_derivative_rule_one_per_cent_off(where):
         assert "y[1]" in text
 
 
+@pytest.mark.long
 def test_x_missing_from_the_inner_problem_is_no_error_of_the_gradient():
     checks.check_hypergradient(BilevelProblem(lambda x, y: bowl(X, y), outer), X, Y0)
 
@@ -276,6 +282,7 @@ ENGINES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ENGINES)
 def test_wrong_engines_fail(name, monkeypatch):
     patches, expected = ENGINES[name]

@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import bilevel
 from bilevel import BilevelProblem, ImplicitAdjoint, Minimization
@@ -24,6 +25,7 @@ def truth(x):
     return jax.grad(FUNCTION)(x, optimal(x))
 
 
+@pytest.mark.long
 def test_the_gradient_is_that_of_the_optimal_value():
     found = bilevel.hypergradient(SAME, CASE.x, CASE.y0, rtol=1e-8)
     exact = truth(CASE.x)
@@ -58,6 +60,7 @@ def test_an_outer_function_flat_at_the_solution_needs_no_adjoint_either():
     np.testing.assert_allclose(found.gradient, 3 * truth(CASE.x) + 2 * CASE.x, rtol=1e-8)
 
 
+@pytest.mark.long
 def test_second_derivatives_and_transforms_of_the_value():
     value = lambda x: bilevel.hypergradient(SAME, x, CASE.y0).value
     np.testing.assert_allclose(jax.grad(value)(CASE.x), truth(CASE.x), rtol=1e-6)

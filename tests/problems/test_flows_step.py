@@ -80,6 +80,7 @@ def test_the_entropic_step_tends_to_the_exact_one():
     assert 9 < gaps[0] / gaps[1] < 11
 
 
+@pytest.mark.long
 def test_gaussian_steps_have_derivatives_at_repeated_eigenvalues():
     eye = jnp.eye(2)
 

@@ -43,6 +43,7 @@ def everything(x, points, cost, tau):
     return jnp.stack([ot.value(x, y), sums, jnp.sum(ot.apply(x, y, Y) ** 2), jnp.sum(W * ot.coupling(x, y))])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "tau"),
     [

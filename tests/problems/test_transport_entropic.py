@@ -112,6 +112,7 @@ def test_values_couplings_and_marginals(kind):
         np.testing.assert_allclose(value, identity, rtol=1e-10)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kind", ["balanced", "both", *(pytest.param(k, marks=pytest.mark.slow) for k in ("first kept", "second kept"))]
 )
@@ -153,6 +154,7 @@ def outer_of_potentials(x, y):
     return jnp.sum(jnp.sin(y[0])) + jnp.sum(y[1] ** 2)
 
 
+@pytest.mark.long
 def test_outer_functions_of_the_potentials():
     """Unbalanced: any. Balanced: those that do not see the gauge; the others are refused, not answered."""
     p = parameters("both")
@@ -230,6 +232,7 @@ def test_the_schur_complement_is_factorized_where_iterations_are_slow(shape, mon
 # ------------------------------------------------------------------------------------------------ zero, infinity
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["balanced", pytest.param("both", marks=pytest.mark.slow)])
 def test_a_weight_of_zero_is_a_point_that_is_not_there(kind):
     p = parameters(kind)
@@ -270,6 +273,7 @@ def solved(ot, x=jnp.asarray(X), **options):
     return bilevel.solve(ot, x, ot.initial(), **options)
 
 
+@pytest.mark.long
 def test_infinite_costs_forbid_pairs():
     forbidden = C0 + X * C1
     forbidden[0, 1] = forbidden[2, :2] = np.inf

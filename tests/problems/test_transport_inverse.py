@@ -53,6 +53,7 @@ def energy(kind, theta, pi):
     return value
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", TAUS)
 def test_the_gap_is_the_gap_and_its_bregman_form(kind):
     theta = np.asarray(THETA)
@@ -234,6 +235,7 @@ def test_standard_errors_are_the_spread_of_estimates():
         iot.standard_errors(TRUTH)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "penalty",
     [
@@ -270,6 +272,7 @@ def test_a_low_rank_affinity_by_the_nuclear_norm():
     assert singular[1] < 1e-9 < 0.3 < singular[0]
 
 
+@pytest.mark.long
 def test_an_outer_function_of_the_coupling():
     """Any: here the squared error, whose hypergradient needs the adjoint."""
     observed = coupling("balanced")
@@ -293,6 +296,7 @@ def test_features_may_be_a_function():
     np.testing.assert_allclose(iot.hessian(THETA), given.hessian(THETA), rtol=1e-6)
 
 
+@pytest.mark.long
 def test_samples_of_point_clouds_need_no_matrix():
     """The loss and its gradient are those of the matrix of frequencies."""
     P, Q = RNG.normal(size=(N, 2)), RNG.normal(size=(M, 2))

@@ -27,6 +27,7 @@ def draw(pi, size, seed):
     return counts.reshape(pi.shape) * pi.sum() / size
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", TAUS)
 def test_the_error_falls_like_the_square_root_of_the_sample(kind):
     features, truth = FEATURES[[0, 4, 8]], np.array([0.6, -0.4, 0.2])

@@ -219,6 +219,7 @@ def system(problem, x):
     return jax.jacfwd(gradient)(zero), -gradient(zero)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("make", "x"),
     [
@@ -237,6 +238,7 @@ def test_leave_one_out_by_its_closed_form_is_brute_force(make, x):
 # ------------------------------------------------------------------------------------------------ additive models
 
 
+@pytest.mark.long
 def test_additive_model_is_penalized_least_squares_and_its_formulas_are_those_of_the_smoother():
     x = jnp.asarray([-1.0, 0.5, -3.0])
     problem = tuning.AdditiveTuning(X, B, cv="gcv", splines=6)

@@ -54,6 +54,7 @@ def test_it_is_at_least_as_good_as_a_grid(estimator, y, name):
     np.testing.assert_array_equal(search.predict(X), search.best_estimator_.predict(X))
 
 
+@pytest.mark.long
 def test_own_penalties_are_features_in_other_units():
     pipeline = make_pipeline(StandardScaler(), sk.Ridge())
     search = HypergradientSearchCV(pipeline, penalties="per-feature", shrinkage=0).fit(X, B)

@@ -29,6 +29,7 @@ def as_polars(X):
     return polars.DataFrame(X, schema=list("abcd"))
 
 
+@pytest.mark.long
 def test_features_that_are_constant_or_huge_or_tiny():
     """All in one program: shapes are those of the first."""
     for odd in (X * [1, 0, 1, 1] + [0, 7, 0, 0], X * [1e8, 1, 1e-8, 1]):
