@@ -100,6 +100,11 @@ def log_weights(weights: Float[Array, " n"]) -> Float[Array, " n"]:
     return jnp.where(there, jnp.log(jnp.where(there, weights, 1)), -jnp.inf)
 
 
+def least_root(a: Array) -> Array:
+    """Of the smallest weight that is there: |F| <= |a^1/2 F| divided by it."""
+    return jnp.sqrt(jnp.min(jnp.where(a > 0, a, jnp.inf)))
+
+
 def _log_sums(given: Float[Array, " k"], cost: Float[Array, "n m"], axis: int) -> Float[Array, " r"]:
     """log of the sum over `axis` of exp(given - cost), `given` along that axis, written so that derivatives in `given`
     are products with one matrix."""

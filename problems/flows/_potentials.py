@@ -129,6 +129,13 @@ def _scaled_near(kernel: Kernel, w: Array, sides: Sides, near: Near) -> Scaled:
     return _scaled(near.matrix, rows, jnp.exp(right - shift), jnp.exp(kernel.log_a / 2))
 
 
+@eqx.filter_jit
+def normalized(kernel: Kernel, sides: Sides) -> Float[Array, "n m"]:
+    """B at a balanced solution."""
+    left, right = kernel.log_a / 2 - sides.rows, kernel.log_b / 2 - sides.columns
+    return jnp.exp(left[:, None] + right[None, :] - kernel.cost)
+
+
 def solve_scaled(B: Scaled, ratio, rhs, rtol, root_a, max_steps: int = 400):
     """S z = rhs, shape (n,), by conjugate gradients beside a^1/2, of length 1 in `root_a`: B's singular vector, along
     which S is `ratio` exactly, and singular for the balanced problem (there z has no part along it)."""

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, PyTree
 import bilevel
 from bilevel.solvers._base import AbstractSolver, Found
 
-from . import _inputs as inputs
 from . import _potentials as potentials
-from ._kernel import Kernel, log_weights
+from ._balanced import balanced
+from ._kernel import Kernel, least_root, log_weights
 from ._solver import Identity
 from .features import Linear
 
@@ -119,16 +119,11 @@ class SnapshotSolver(AbstractSolver):
         found, steps = [], jnp.asarray(0)
         for t in range(inner.count):
             kernel, w = inner.kernel(t), inner.work(x, t)
-            share = tol * _least_root(inner.source_weights[t]) / np.sqrt(inner.count)
+            share = tol * least_root(inner.source_weights[t]) / np.sqrt(inner.count)
             f, _, _, count = potentials.find(kernel, w, y0[t], share)
             found.append(f)
             steps = steps + count
         return Found(tuple(found), jnp.maximum(steps, 1), jnp.maximum(steps, 1))
-
-
-def _least_root(a: Array) -> Array:
-    """Of the smallest weight that is there: |F| <= |a^1/2 F| divided by it."""
-    return jnp.sqrt(jnp.min(jnp.where(a > 0, a, jnp.inf)))
 
 
 def make_steps(
@@ -142,65 +137,7 @@ def make_steps(
         sources, targets, source_weights, weights, potential, designs, offsets, step_sizes, epsilon, strength, (), (),
         mode,
     )  # fmt: skip
-    balanced, values = zip(
-        *(_balanced(steps.kernel(t, jnp.zeros_like(epsilon))) for t in range(steps.count)), strict=True
+    others, values = zip(
+        *(balanced(steps.kernel(t, jnp.zeros_like(epsilon)), mode == LIMIT) for t in range(steps.count)), strict=True
     )
-    return eqx.tree_at(lambda s: (s.balanced, s.values), steps, (tuple(balanced), tuple(values)))
-
-
-class Balanced(bilevel.AbstractInner):
-    """Balanced entropic transport of two snapshots, reduced to the source's potential, with its mean removed."""
-
-    kernel: Kernel
-
-    def optimality(self, x, y):
-        a = jnp.exp(self.kernel.log_a)
-        return self.kernel.residual(jnp.zeros_like(self.kernel.log_b), y) + jnp.sum(a * y)
-
-    def initial(self):
-        return jnp.zeros_like(self.kernel.log_a)
-
-    @property
-    def default_solver(self):
-        return BalancedSolver()
-
-
-class BalancedSolver(AbstractSolver):
-    """Newton with conjugate gradients."""
-
-    def find(self, inner, x, y0, *, tol, max_steps):
-        kernel = inner.kernel
-        a = jnp.exp(kernel.log_a)
-        f, _, _, count = potentials.find(kernel, jnp.zeros_like(kernel.log_b), y0, tol * _least_root(a))
-        f = f - jnp.sum(jnp.where(a > 0, f, 0) * a)
-        return Found(f, jnp.maximum(count, 1), jnp.maximum(count, 1))
-
-
-def _balanced(kernel: Kernel) -> tuple[Array, Array]:
-    """The target's potential g, and W_epsilon."""
-    if all(inputs.concrete(leaf) for leaf in jax.tree.leaves(kernel)):
-        return _concrete(kernel)
-    f = bilevel.solve(Balanced(kernel), None, jnp.zeros_like(kernel.log_a)).y
-    return _other(kernel, f, kernel.columns(f))
-
-
-@eqx.filter_jit
-def _other(kernel: Kernel, f: Array, columns: Array) -> tuple[Array, Array]:
-    a, b, g = jnp.exp(kernel.log_a), jnp.exp(kernel.log_b), -kernel.epsilon * columns
-    mean = jnp.sum(jnp.where(a > 0, f, 0) * a)
-    g = g + mean  # of the f whose mean is zero
-    return g, jnp.sum(jnp.where(b > 0, g, 0) * b)
-
-
-def _concrete(kernel: Kernel) -> tuple[Array, Array]:
-    """The same without the engine's derivative rule, which nobody needs here: compiles and runs faster."""
-    eps = float(jnp.finfo(kernel.epsilon.dtype).eps)
-    zero = jnp.zeros_like(kernel.log_b)
-    f, size, sides, _ = potentials.find(kernel, zero, jnp.zeros_like(kernel.log_a), jnp.asarray(0.0, zero.dtype))
-    scale = float(jnp.linalg.norm(jnp.exp(kernel.log_a / 2) * f)) + float(kernel.epsilon)
-    if not float(size) <= 1e4 * eps * scale:
-        raise bilevel.NotConverged(
-            f"flows.InverseJKO: the entropic transport between two snapshots did not converge, its potentials are "
-            f"wrong by about {float(size):.1e}; raise `epsilon` (now {float(kernel.epsilon):g}) or scale the points."
-        )
-    return _other(kernel, f, sides.columns)
+    return eqx.tree_at(lambda s: (s.balanced, s.values), steps, (tuple(others), tuple(values)))

@@ -155,6 +155,23 @@ def calibrated():
     return X, Y, a, b, theta
 
 
+def test_snapshots_of_points_far_apart():
+    """To round-off each point goes to its own image, so the balanced coupling is a permutation and its potentials are
+    anyone's guess: the loss has them only in its value, the limit rho = inf itself."""
+    grid = 2.0 * np.stack(np.meshgrid(range(5), range(5)), -1).reshape(-1, 2) - 4.0
+    X = grid + np.random.default_rng(0).uniform(-0.3, 0.3, grid.shape)
+    Y, epsilon, theta = X * np.linalg.norm(X, axis=1, keepdims=True), 0.05, THETA / 10
+    step = 0.5 * np.sum((X[:, None] - Y[None]) ** 2, -1)
+    log_model = -(step + TAU * np.asarray(jax.vmap(flows.Quadratic())(jnp.asarray(Y)) @ theta)) / epsilon
+    log_model -= np.max(log_model, 1, keepdims=True)
+    expected = -epsilon * np.mean(np.diag(log_model) - np.log(np.sum(np.exp(log_model), 1)))
+    found = flows.InverseJKO([X, Y], flows.Quadratic(), TAU, epsilon)
+    np.testing.assert_allclose(found.loss(theta), expected, rtol=1e-9)
+    for clouds in ([X, Y], [grid, 1.3 * grid]):
+        with pytest.raises(bilevel.NotConverged, match="its potentials may be wrong.*raise `epsilon`"):
+            flows.InverseJKO(clouds, flows.Quadratic(), TAU, epsilon, sharpening=np.inf)
+
+
 def test_the_loss_is_zero_at_the_truth_of_calibrated_data():
     X, Y, a, b, theta = calibrated()
     for rho in RHOS:
