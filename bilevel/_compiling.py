@@ -15,6 +15,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+from jax import lax
 
 _OPTIONS: dict[str, Any] = {
     "xla_backend_optimization_level": 0,
@@ -70,3 +71,12 @@ def compiled(function: Callable) -> Callable:
         return with_options[backend](*args)
 
     return call
+
+
+def held(function: Any, *arguments: Any) -> tuple:
+    """`(function, *arguments)`, the same, for a call in the body of a loop: arrays that do not change in the loop are
+    tied to the arguments, which do. Otherwise XLA moves what is computed from them alone out of the loop, once for
+    each place that needs it, and then no longer sees that what is computed from these copies is the same."""
+    arrays, rest = eqx.partition((function, arguments), eqx.is_array)
+    function, arguments = eqx.combine(lax.optimization_barrier(arrays), rest)
+    return function, *arguments

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from . import _precision as precision
+from ._compiling import held
 from ._entry import check_tolerance, finish, prepare_inner
 from ._trees import ravel, ravel_like
 from .adjoint import AbstractAdjoint, ImplicitAdjoint, usable
@@ -125,7 +126,8 @@ def rounds(
 
         nothing = jnp.zeros((), jnp.int32)
         new, did, spent = lax.cond(ask, run, lambda point: (point, nothing, nothing), point)
-        new_attempt = traced(unravel(new))
+        here, new = held(traced, new)
+        new_attempt = here(unravel(new))
         progress = new_attempt.residual < 0.9 * size
         asked_in_vain = ask & (did <= 1) & ~progress & (count > 0)
         # a refused Newton step says nothing about the solver: it gets its turn first

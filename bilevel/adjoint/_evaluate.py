@@ -149,8 +149,9 @@ def _changes_along(system, outer, x, flat, value):
         length = jnp.linalg.norm(way)
         return jnp.abs(outer(x, flat + way * jnp.where(length > 0, size / length, 0)) - value)
 
-    along, off = change(system.gauge(probe)), change(system.off_gauge(probe))
-    return along > jnp.sqrt(jnp.finfo(flat.dtype).eps) * (off + jnp.abs(value))
+    along, small = change(system.gauge(probe)), jnp.sqrt(jnp.finfo(flat.dtype).eps)
+    visible = along > small * jnp.abs(value)
+    return visible & lax.cond(visible, lambda: along > small * change(system.off_gauge(probe)), lambda: visible)
 
 
 def _without_noise(problem, x, flat, unravel, value, g_y):

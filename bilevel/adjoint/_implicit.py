@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import _trees as trees
+from .._compiling import held
 from .._trees import ravel, ravel_like
 from ..correct import AbstractCorrection, Newton, correct
 from ..errors import Status
@@ -249,7 +250,8 @@ def _improve(evaluated: Callable, here, solver, guess, judge, target: Target, rt
         found, _, count, rtol = carry
         first = count == 0
         point = found.flat - found.step  # no step before the first evaluation
-        new = at(point, found.adjoint, rtol)
+        here, point = held(at, point)
+        new = here(point, found.adjoint, rtol)
         # where the step was round-off only the adjoint was in want
         lower = (new.inner_residual <= found.inner_residual) | _tiny(found)
         contracts = _contracts(new, jnp.linalg.norm(found.step), solver) | _tiny(found)
