@@ -73,10 +73,9 @@ def local_at(setting: Setting, theta: Array, g: Array) -> Local:
     want = dual.b * decay(g, dual.tau_2)
     live = (dual.b > 0) & (columns > 0)
     rest = jnp.where(live, columns - want, 0)
-    weighted = setting.features * pi
-    along_rows, along_columns = jnp.sum(weighted, axis=2), jnp.sum(weighted, axis=1)
-    gradient = setting.observed - jnp.sum(along_rows, axis=1)
-    moments = weighted.reshape(K, -1) @ setting.features.reshape(K, -1).T / epsilon
+    along_rows, along_columns, moments = _sums(setting.features, pi)
+    gradient, moments = setting.observed - jnp.sum(along_rows, axis=1), moments / epsilon
+    raw = jnp.diagonal(moments)
 
     share = jnp.where(rows > 0, eta(dual.tau_1, epsilon) / jnp.where(rows > 0, rows, 1), 0)
     cross = jnp.where(live, (along_rows * share) @ pi - along_columns, 0) / epsilon  # (K, m): H in (theta, g)
@@ -93,9 +92,31 @@ def local_at(setting: Setting, theta: Array, g: Array) -> Local:
     along_g, back_g = solved[:, :K], -solved[:, K]
     hessian = moments - cross @ along_g
     reduced = gradient + cross @ back_g
-    raw = jnp.einsum("kij,kij->k", weighted, setting.features) / epsilon
     value = jnp.vdot(theta, setting.observed) + dual.semi_dual(f, g)
     return Local(value, f, gradient, rest, reduced, (hessian + hessian.T) / 2, raw, along_g, back_g)
+
+
+_BLOCK = 2**14
+"""Entries of features that are weighted at once: what is made of them stays in the cache."""
+
+
+def _sums(features: Array, pi: Array) -> tuple[Array, Array, Array]:
+    """Features weighted by pi summed over columns (K, n), over rows (K, m), and their second moments (K, K)."""
+    K, n, m = features.shape
+    count = max(1, min(n, _BLOCK // (K * m)))
+    while n % count:
+        count -= 1
+
+    def body(carry, start):
+        columns, moments = carry
+        here = lax.dynamic_slice_in_dim(features, start, count, 1)
+        weighted = here * lax.dynamic_slice_in_dim(pi, start, count, 0)
+        moments = moments + weighted.reshape(K, -1) @ here.reshape(K, -1).T
+        return (columns + jnp.sum(weighted, axis=1), moments), jnp.sum(weighted, axis=2)
+
+    zeros = jnp.zeros((K, m), pi.dtype), jnp.zeros((K, K), pi.dtype)
+    (columns, moments), rows = lax.scan(body, zeros, jnp.arange(0, n, count))
+    return jnp.moveaxis(rows, 0, 1).reshape(K, n), columns, moments
 
 
 @eqx.filter_jit
