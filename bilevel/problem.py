@@ -53,6 +53,8 @@ class AbstractInner(eqx.Module):
     - `multipliers_at(x, y)`: of the constraints, at a solution, or None;
     - `size_of_error(x, y, F, step)`: (error, scale) by which `solve` judges its rtol, or None: the norm of the
       Newton step against the norm of y;
+    - `residual_wanted(x, rtol, atol)`: the |F(x, y)|_2 with which that measure is met, where no step is needed to know;
+      `solve` then asks the solver for as much, and corrects y only where it falls short; or None;
     - `unit_at(x, y)`: a size of y against which round-off counts where y itself is near zero, or 0: y's own norm;
     - `trouble_at(x, y)`: after a failure, outside tracing: a sentence about the data that makes it one, or None;
     - `initial()`: a y to start from (plugins).
@@ -117,6 +119,9 @@ class AbstractInner(eqx.Module):
         return None
 
     def size_of_error(self, x: PyTree, y: PyTree, residual: PyTree, step: PyTree) -> Any:
+        return None
+
+    def residual_wanted(self, x: PyTree, rtol: Scalar, atol: Scalar) -> Scalar | None:
         return None
 
     def is_objective(self, function: Any) -> bool:

@@ -81,9 +81,10 @@ class Rounds(NamedTuple):
 
 
 def rounds(
-    attempt: Callable, inner, x: PyTree, y0: PyTree, solver: Any, *, max_steps: int, newton_first: bool
-) -> Rounds:
-    """Loose inner solve, attempt, and only if the attempt says so: further.
+    attempt: Callable, inner, x: PyTree, y0: PyTree, solver: Any, *, max_steps: int, newton_first: bool,
+    wanted: Any = None,
+) -> Rounds:  # fmt: skip
+    """Loose inner solve (to |F| = `wanted`, where that is known), attempt, and only if the attempt says so: further.
 
     After an attempt whose Newton step worked, the next round goes on from its point without the solver; after one
     that was refused, the solver goes on to a smaller residual. The loop ends when the target is reached, when
@@ -93,9 +94,12 @@ def rounds(
     low = solver is None and inner.default_solver is None and precision.worth_lowering(inner, x, y0)
     flat, unravel = ravel(y0)
     begin = precision.lowered((inner, x, y0)) if low else (inner, x, y0)
-    size0 = jnp.linalg.norm(ravel_like(begin[0].optimality(*begin[1:]), flat.dtype))
     big = jnp.asarray(jnp.inf, flat.dtype)
-    tol = big if newton_first else first_reduction(inner, x, y0) * size0
+    if wanted is None:
+        size0 = jnp.linalg.norm(ravel_like(begin[0].optimality(*begin[1:]), flat.dtype))
+        tol = big if newton_first else first_reduction(inner, x, y0) * size0
+    else:  # the solver will see whether y0 is good enough
+        size0, tol = big, wanted.astype(flat.dtype)
     traced: Any = eqx.filter_closure_convert(attempt, y0)  # once: its shapes are asked for before it is run
     empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), traced.out_struct)
     zero = jnp.zeros((), jnp.int32)
@@ -153,8 +157,21 @@ class _Located(NamedTuple):
     status: Status
 
 
-def _locate(inner, x, y, adjoint: AbstractAdjoint, rtol, atol) -> Attempt:
-    """Corrects y once and measures what is left by the next Newton step."""
+def _locate(inner, x, y, adjoint: AbstractAdjoint, rtol, atol, wanted) -> Attempt:
+    """Corrects y once and measures what is left by the next Newton step; neither where |F| is what is `wanted`."""
+    if wanted is None:
+        return _corrected(inner, x, y, adjoint, rtol, atol)
+    flat, _ = ravel(y)
+    size, status = jnp.linalg.norm(ravel_like(inner.optimality(x, y), flat.dtype)), inner.status_at(x, y)
+    there = (size <= wanted) & (status.code == 0)
+    corrected = eqx.filter_closure_convert(lambda y: _corrected(inner, x, y, adjoint, rtol, atol), y)
+    zero, no = jnp.zeros_like(size), jnp.asarray(False)
+    found = Attempt(flat, size, ~no, no, zero, _Located(flat, size, zero, zero, status), jnp.asarray(1), jnp.asarray(0))
+    found = jax.tree.map(lambda a, like: a.astype(like.dtype), found, corrected.out_struct)
+    return lax.cond(there, lambda: found, lambda: corrected(y))
+
+
+def _corrected(inner, x, y, adjoint: AbstractAdjoint, rtol, atol) -> Attempt:
     flat, unravel = ravel(y)
     eps = jnp.finfo(flat.dtype).eps
     solver = choose(adjoint.linear_solver_used, inner, x, y, loose=True)
@@ -230,10 +247,11 @@ def _solve(inner, x, y0, solver, adjoint, rtol, atol, max_steps, throw) -> Solut
     first = newton and default and not precision.worth_lowering(inner, x, y0)
 
     def work(x, y0):
+        wanted = inner.residual_wanted(x, rtol, atol)
         with precision.hoisted(inner if precision.worth_lowering(inner, x, y0) else ()):
             out = rounds(
-                lambda y: _locate(inner, x, y, adjoint, rtol, atol), inner, x, y0, solver,
-                max_steps=max_steps, newton_first=first,
+                lambda y: _locate(inner, x, y, adjoint, rtol, atol, wanted), inner, x, y0, solver,
+                max_steps=max_steps, newton_first=first, wanted=wanted,
             )  # fmt: skip
         found = out.found
         _, unravel = ravel(y0)

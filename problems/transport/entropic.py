@@ -127,6 +127,13 @@ class AbstractTransport(bilevel.AbstractMinimization):
         mass = jnp.maximum(jnp.sum(self.a * _decay(f, self._tau[0])), 1e-3 * jnp.sum(self.a))
         return error, mass
 
+    def residual_wanted(self, x, rtol, atol):
+        """That of marginals violated by rtol times the mass, which is known if a marginal is kept."""
+        kept = [w for w, t in zip((self.a, self.b), self._tau, strict=True) if t is None]
+        if not kept:
+            return None
+        return jnp.maximum(rtol * jnp.sum(kept[0]), atol) / float(np.sqrt(len(self.a) + len(self.b)))
+
     def unit_at(self, x, y):
         """epsilon: potentials that differ by much less give the same coupling."""
         return self.epsilon * float(np.sqrt(len(self.a) + len(self.b)))
