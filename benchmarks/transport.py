@@ -199,7 +199,7 @@ def unbalanced_couplings() -> None:
 
 
 def without_matrix(n: int, m: int) -> None:
-    print("\n(d) point clouds without the matrix, 3 dimensions, epsilon = median, rtol 1e-6, correction included")
+    print("\n(d) point clouds without the matrix, 3 dimensions, epsilon = median, rtol 1e-6, as `solve` finds them")
     rng = np.random.default_rng(0)
     X, Y = jnp.asarray(rng.normal(size=(n, 3))), jnp.asarray(0.7 * rng.normal(size=(m, 3)) + 0.5)
     median = float(np.median(np.sum((np.asarray(X)[:500, None] - np.asarray(Y)[None, :500]) ** 2, axis=-1)))

@@ -128,7 +128,7 @@ def _given(cost, x):
 @eqx.filter_jit
 def _swept(problem: transport.EntropicOT):
     y0 = problem.initial()
-    tol = jnp.finfo(y0[0].dtype).eps * jnp.linalg.norm(problem.a)
+    tol = 1e3 * jnp.finfo(y0[0].dtype).eps * jnp.linalg.norm(problem.a)
     y = problem.default_solver.find(problem, None, y0, tol=tol, max_steps=1000).y
     rows, columns = problem.marginals(None, y)
     return y, jnp.sum(jnp.abs(rows - problem.a)) + jnp.sum(jnp.abs(columns - problem.b))
