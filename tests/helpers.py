@@ -254,3 +254,14 @@ def counted(function: Callable) -> tuple[Callable, list]:
         return function(*args)
 
     return wrapped, calls
+
+
+def rotations(count: int, seed: int = 0) -> np.ndarray:
+    """Random orthogonal matrices, shape (count, 3, 3)."""
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(count, 3, 3)))[0]
+
+
+def rotated(*eigenvalues: float, seed: int = 0) -> np.ndarray:
+    """A symmetric matrix with these three eigenvalues."""
+    Q = rotations(1, seed)[0]
+    return Q @ np.diag(eigenvalues) @ Q.T
