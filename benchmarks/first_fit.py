@@ -60,6 +60,7 @@ def search(name: str, kind: str) -> None:
 def wide() -> None:
     """The lasso with 7000 features."""
     import jax
+    import sklearn.linear_model  # noqa: F401  imports are not timed: coordinate descent is scikit-learn's
 
     import bilevel
     from problems.tuning import LassoTuning

@@ -16,6 +16,7 @@ from . import _search_kernels as kernels
 from ._criteria import CrossValidation
 from ._scaled_estimator import FeatureScaled
 from ._search_folds import Folds
+from ._sparse import exact_step_length
 
 SUPPORTED = (
     "ElasticNet", "HuberRegressor", "KernelRidge", "Lasso", "LinearSVC", "LogisticRegression", "PoissonRegressor",
@@ -131,7 +132,7 @@ class Family:
             slopes = np.abs(np.einsum("kn,knp->kp", train * np.broadcast_to(targets, (K, n)), X)[:, :p]) * deviation
             top = float(slopes.max())
             top = np.log(top if top > 0 else 1.0)
-            step = jnp.asarray(_step_length(X, train))
+            step = jnp.asarray(exact_step_length(X, train))
             if name == "Lasso":
                 offset = np.full(count, top)
                 spread = families.Spread(own, len(unit) - p)
@@ -273,14 +274,6 @@ def _variances(X: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The variance of each feature, over folds and rows."""
     mean = np.einsum("n,knp->p", rows, X) / len(X)
     return np.einsum("n,knp->p", rows, np.square(X - mean)) / len(X)
-
-
-def _step_length(X: np.ndarray, train: np.ndarray) -> float:
-    """1 / L, L the largest eigenvalue of any fold's X' diag(weights) X."""
-    weighted = X * np.sqrt(train)[:, :, None]
-    grams = (w @ w.T if w.shape[0] < w.shape[1] else w.T @ w for w in weighted)
-    largest = max(float(np.linalg.eigvalsh(gram)[-1]) for gram in grams)
-    return 1 / largest if largest > 0 else 1.0
 
 
 def _judged_logistic(X, w, targets):
