@@ -1,14 +1,15 @@
-"""Solving with dF/dy of a sparse least-squares problem on the columns of its support, gathered into a small matrix."""
+"""Solving with dF/dy of a sparse least-squares problem on its support, by a factorization that all solves share."""
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from bilevel._dense import Dense, factor_definite
 from bilevel._support import SupportAware
@@ -20,14 +21,18 @@ LARGEST = 1024
 
 
 class Support(eqx.Module):
-    """What `GatheredSupport` prepares: of each fold the `places` of the weights that are not held at zero, the `slopes`
-    of the prox there, the `columns` of X, and the factorized matrix; `too_many`: there are more."""
+    """What is prepared, of each fold: the `slopes` D of the prox and the factorized matrix of the solver; where columns
+    are gathered also their `places` and the `columns` of X, and whether there are `too_many`."""
 
-    places: Int[Array, "k c"]
     slopes: Float[Array, "k c"]
-    columns: Float[Array, "k n c"]
     factor: Dense
-    too_many: Array
+    places: Any = None  # (K, c)
+    columns: Any = None  # (K, n, c)
+    too_many: Array | None = None
+
+    def solve(self, right: Float[Array, "k c"]) -> Float[Array, "k c"]:
+        """The solution of each fold's system."""
+        return jax.vmap(lambda factor, r: factor.solve(r, False))(self.factor, right)
 
     @property
     def condition(self) -> Array:
@@ -36,82 +41,41 @@ class Support(eqx.Module):
     @property
     def status(self) -> Status:
         worst: Any = jax.tree.map(jnp.max, self.factor.status)  # codes are ordered
-        return Status.where(self.too_many, Status("singular"), worst)
+        return worst if self.too_many is None else Status.where(self.too_many, Status("singular"), worst)
 
 
-class GatheredSupport(AbstractLinearSolver):
-    """For A = dF/dy = I - D (I - t H), D diagonal, H = X' W X for each of K folds: Cholesky of
+class AbstractOnSupport(AbstractLinearSolver):
+    """For A = dF/dy = I - D (I - t H), D diagonal, H the Hessian of the smooth part, K diagonal blocks: Cholesky of
 
         S = D (I - D) + t D H D
 
-    on at most `capacity` columns that D does not hold at zero. With it, as in `bilevel._support.SupportAware`,
+    on the range of D. With it, as in `bilevel._support.SupportAware`,
 
         A s  = b  has  s = b + D w,            S w = D (b - t H b),
-        A' v = g  has  v = g + D z - t H D z,  S z = D g,
-
-    so that a solve takes one product with X or X', not the two of a product with H, and S is prepared once for all of a
-    hypergradient's solves. Where there are more columns: conjugate gradients, or "singular" without a `fallback`.
-
-    `X`: (n, p), or (K, n, p); `weights`: (K, n), of the rows; `step`: t.
+        A' v = g  has  v = g + D z - t H D z,  S z = D g.
     """
 
-    X: Float[Array, "*k n p"]
-    weights: Float[Array, "k n"]
-    step: Float[Array, ""]
-    capacity: int = eqx.field(static=True)
-    fallback: SupportAware | None = None
+    @property
+    @abc.abstractmethod
+    def beyond(self) -> SupportAware | None:
+        """Who solves where there are too many weights, if anybody."""
+
+    @abc.abstractmethod
+    def apply(self, state: Support, b: Array, transpose: bool) -> Array:
+        """A^-1 b or A'^-1 b, flat, at the point of the state."""
 
     @property
     def keeps(self):
         return True
 
-    def cost(self, system):
-        return max(1, self.capacity**2 // (2 * self.X.shape[-1]))  # in products with H
-
-    def prepare(self, system):
-        active = system.active
-        if active is None:
-            raise ValueError("GatheredSupport is for Composite problems only.")
-        diagonal = active(jnp.ones((system.size,), system.dtype)).reshape(len(self.weights), -1)
-
-        def one(X, weights, diagonal):
-            slopes, places = lax.top_k(diagonal, self.capacity)  # what is zero among them has no effect
-            columns = X[:, places]
-            scaled = columns * slopes * jnp.sqrt(weights * self.step)[:, None]
-            matrix = scaled.T @ scaled + jnp.diag(jnp.where(slopes > 0, slopes * (1 - slopes), 1))
-            return places, slopes, columns, factor_definite(matrix)
-
-        too_many = jnp.any(jnp.count_nonzero(diagonal, axis=1) > self.capacity)
-        if self.X.ndim == 3:
-            parts = lax.map(lambda each: one(*each), (self.X, self.weights, diagonal))
-        else:
-            parts = lax.map(lambda each: one(self.X, *each), (self.weights, diagonal))
-        places, slopes, columns, factor = parts
-        return Support(places, slopes, columns, factor, too_many)
-
-    def _apply(self, state: Support, b, transpose: bool):
-        """A^-1 b or A'^-1 b, at the point of the state."""
-        lines = b.reshape(len(self.weights), -1)
-        spread = lambda values: jax.vmap(lambda line, at, v: line.at[at].add(v))(lines, state.places, values)
-        solve = lambda right: jax.vmap(lambda factor, r: factor.solve(r, False))(state.factor, right)
-        own = jnp.take_along_axis(lines, state.places, axis=1)
-        if transpose:
-            moved = state.slopes * solve(state.slopes * own)
-            fit = self.step * self.weights * jnp.einsum("knc,kc->kn", state.columns, moved)
-            back = jnp.einsum("knp,kn->kp", self.X, fit) if self.X.ndim == 3 else fit @ self.X
-            return (spread(moved) - back).reshape(-1)
-        fit = jnp.einsum("knp,kp->kn", self.X, lines) if self.X.ndim == 3 else lines @ self.X.T
-        curved = jnp.einsum("knc,kn->kc", state.columns, self.step * self.weights * fit)
-        return spread(state.slopes * solve(state.slopes * (own - curved))).reshape(-1)
-
     def solve(self, state, system, b, *, transpose=False, rtol=None, guess=None, forcing=None):
         def small():
             return refine(
-                lambda r: self._apply(state, r, transpose), system, b, transpose=transpose, rtol=rtol, guess=guess,
+                lambda r: self.apply(state, r, transpose), system, b, transpose=transpose, rtol=rtol, guess=guess,
                 condition=state.condition, status=state.status,
             )  # fmt: skip
 
-        plain = self.fallback
+        plain = self.beyond
         if plain is None:
             return small()
         other = lambda: plain.solve(None, system, b, transpose=transpose, rtol=rtol, guess=guess)
@@ -119,10 +83,10 @@ class GatheredSupport(AbstractLinearSolver):
 
     def approximate(self, state, system, b, *, rtol=0.03, transpose=False):
         def small():
-            value = self._apply(state, b, transpose)
+            value = self.apply(state, b, transpose)
             return LinearSolution(value, jnp.zeros_like(b), state.status, state.condition, jnp.asarray(1))
 
-        plain = self.fallback
+        plain = self.beyond
         if plain is None:
             return small()
         other = lambda: plain.approximate(None, system, b, rtol=rtol, transpose=transpose)
@@ -135,8 +99,103 @@ def _either(first, one, other):
     return lax.cond(first, one, lambda: jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), other(), shape))
 
 
+class GatheredSupport(AbstractOnSupport):
+    """H = X' W X for each of K folds, by at most `capacity` columns of X that D does not hold at zero.
+
+    A solve takes one product with X or X', not the two of a product with H, and S is prepared once for all solves of a
+    hypergradient. Where there are more columns: conjugate gradients, or "singular" without a `fallback`.
+
+    `X`: (n, p), or (K, n, p); `weights`: (K, n), of the rows; `step`: t.
+    """
+
+    X: Float[Array, "*k n p"]
+    weights: Float[Array, "k n"]
+    step: Float[Array, ""]
+    capacity: int = eqx.field(static=True)
+    fallback: SupportAware | None = None
+
+    @property
+    def beyond(self):
+        return self.fallback
+
+    def cost(self, system):
+        return max(1, self.capacity**2 // (2 * self.X.shape[-1]))  # in products with H
+
+    def prepare(self, system):
+        diagonal = _slopes(system, len(self.weights))
+
+        def one(X, weights, diagonal):
+            slopes, places = lax.top_k(diagonal, self.capacity)  # what is zero among them has no effect
+            columns = X[:, places]
+            scaled = columns * slopes * jnp.sqrt(weights * self.step)[:, None]
+            return slopes, factor_definite(_restricted(scaled.T @ scaled, slopes)), places, columns
+
+        too_many = jnp.any(jnp.count_nonzero(diagonal, axis=1) > self.capacity)
+        if self.X.ndim == 3:
+            parts = lax.map(lambda each: one(*each), (self.X, self.weights, diagonal))
+        else:
+            parts = lax.map(lambda each: one(self.X, *each), (self.weights, diagonal))
+        slopes, factor, places, columns = parts
+        return Support(slopes, factor, places, columns, too_many)
+
+    def apply(self, state, b, transpose):
+        lines = b.reshape(len(self.weights), -1)
+        spread = lambda values: jax.vmap(lambda line, at, v: line.at[at].add(v))(lines, state.places, values)
+        own = jnp.take_along_axis(lines, state.places, axis=1)
+        if transpose:
+            moved = state.slopes * state.solve(state.slopes * own)
+            fit = self.step * self.weights * jnp.einsum("knc,kc->kn", state.columns, moved)
+            back = jnp.einsum("knp,kn->kp", self.X, fit) if self.X.ndim == 3 else fit @ self.X
+            return (spread(moved) - back).reshape(-1)
+        fit = jnp.einsum("knp,kp->kn", self.X, lines) if self.X.ndim == 3 else lines @ self.X.T
+        curved = jnp.einsum("knc,kn->kc", state.columns, self.step * self.weights * fit)
+        return spread(state.slopes * state.solve(state.slopes * (own - curved))).reshape(-1)
+
+
+class GramSupport(AbstractOnSupport):
+    """H by the matrices themselves, (K, p, p): where there are few features and many rows."""
+
+    matrices: Float[Array, "k p p"]
+    step: Float[Array, ""]
+
+    @property
+    def beyond(self):
+        return None
+
+    def cost(self, system):
+        return 1
+
+    def prepare(self, system):
+        slopes = _slopes(system, len(self.matrices))
+
+        def one(H, slopes):
+            return factor_definite(_restricted(self.step * H * slopes[:, None] * slopes, slopes))
+
+        return Support(slopes, lax.map(lambda each: one(*each), (self.matrices, slopes)))
+
+    def apply(self, state, b, transpose):
+        lines = b.reshape(len(self.matrices), -1)
+        curved = lambda lines: self.step * jnp.einsum("kpq,kq->kp", self.matrices, lines)
+        if transpose:
+            moved = state.slopes * state.solve(state.slopes * lines)
+            return (lines + moved - curved(moved)).reshape(-1)
+        return (lines + state.slopes * state.solve(state.slopes * (lines - curved(lines)))).reshape(-1)
+
+
+def _slopes(system, folds: int) -> Float[Array, "k p"]:
+    """The diagonal of D."""
+    if system.active is None:
+        raise ValueError("bilevel: this linear solver is for Composite problems only; use Krylov() or Direct().")
+    return system.active(jnp.ones((system.size,), system.dtype)).reshape(folds, -1)
+
+
+def _restricted(matrix: Float[Array, "c c"], slopes: Float[Array, " c"]) -> Float[Array, "c c"]:
+    """S from t D H D: what is held at zero gets a one, and has no effect."""
+    return matrix + jnp.diag(jnp.where(slopes > 0, slopes * (1 - slopes), 1))
+
+
 def capacity(rows: int, features: int) -> int | None:
-    """How many columns to gather: a power of two, no fewer than rows, which is what a lasso's solution has at most.
-    None where they are too many."""
-    wanted = min(features, 2 ** max(5, (rows - 1).bit_length()))
+    """How many columns to gather: as many as rows, which is what a lasso's solution has at most, and some on the way
+    there. None where they are too many."""
+    wanted = min(features, max(rows, 32))
     return wanted if wanted <= LARGEST else None

@@ -16,7 +16,7 @@ from . import _search_kernels as kernels
 from ._criteria import CrossValidation
 from ._scaled_estimator import FeatureScaled
 from ._search_folds import Folds
-from ._sparse import exact_step_length
+from ._sparse import Grams, exact_step_length
 
 SUPPORTED = (
     "ElasticNet", "HuberRegressor", "KernelRidge", "Lasso", "LinearSVC", "LogisticRegression", "PoissonRegressor",
@@ -36,6 +36,7 @@ class Setup:
     upper: np.ndarray
     scan: np.ndarray
     parts: Callable[[families.Mixing], tuple]  # mixing -> (training, judge)
+    kinks: bool = False  # whether the criterion has them
 
     def problem(self, shared: bool, center: np.ndarray, strength: float) -> families.SearchProblem:
         """Own penalties or one shared one, pulled towards `center`."""
@@ -133,20 +134,22 @@ class Family:
             top = float(slopes.max())
             top = np.log(top if top > 0 else 1.0)
             step = jnp.asarray(exact_step_length(X, train))
+            grams = Grams(X, targets, train) if X.shape[2] <= X.shape[1] else None
             if name == "Lasso":
                 offset = np.full(count, top)
                 spread = families.Spread(own, len(unit) - p)
                 top_, unit_ = as_jax(offset, unit)
                 weights = lambda mixing: families.Absolute(mixing, top_, spread, unit_)
-                parts = lambda mixing: (families.sparse(criterion, weights(mixing), step), judge)
+                parts = lambda mixing: (families.sparse(criterion, weights(mixing), step, grams), judge)
                 scan = np.linspace(-7.5, -0.25, 16)[:, None] * np.ones(count)
-                return Setup(np.ones(count, bool), offset, np.full(count, -9.0), np.zeros(count), scan, parts)
+                return Setup(np.ones(count, bool), offset, np.full(count, -9.0), np.zeros(count), scan, parts, True)
             if count > 1:
                 raise ValueError("HypergradientSearchCV: ElasticNet is tuned with penalties='shared' only.")
             offset = np.array([top, np.log(variance)])
-            parts = lambda mixing: (families.sparse(criterion, families.Both(*as_jax(offset, unit)), step), judge)
+            both = families.Both(*as_jax(offset, unit))
+            parts = lambda mixing: (families.sparse(criterion, both, step, grams), judge)
             scan = np.array([(a, b) for a in (-1.0, -2.5, -4.0, -5.5, -7.0) for b in (-9.0, -5.0, -2.0, 0.0)])
-            return Setup(np.zeros(2, bool), offset, np.array([-9.0, -12.0]), np.array([0.0, 4.0]), scan, parts)
+            return Setup(np.zeros(2, bool), offset, np.array([-9.0, -12.0]), np.array([0.0, 4.0]), scan, parts, True)
         scale = {"PoissonRegressor": 1.0, "HuberRegressor": 2 / average}.get(name, 1 / average)
         center = np.log(variance / (p * scale))
         if name == "HuberRegressor":

@@ -19,7 +19,7 @@ from bilevel.prox import AbstractProx
 from ._coordinate_descent import CoordinateDescent, available
 from ._criteria import AbstractCriterion, CrossValidation
 from ._foldwise import Foldwise
-from ._gathered import GatheredSupport, capacity
+from ._gathered import GatheredSupport, GramSupport, capacity
 from ._linear import at, squared
 
 HOST = 2000
@@ -39,11 +39,29 @@ class Smooth(eqx.Module):
         return self.criterion.training(at(x, squared), lambda w: jnp.zeros((), w.dtype), y)
 
 
+class Grams(eqx.Module):
+    """The same, up to a constant, where there are more rows than features: y'Hy / 2 - c'y summed over folds, with each
+    fold's H = X' W X and c = X' W b, W its weights of rows. No product with X is left."""
+
+    matrices: Float[Array, "k p p"]
+    linear: Float[Array, "k p"]
+
+    def __init__(self, X: np.ndarray, targets: np.ndarray, train: np.ndarray):
+        """Data of shape (K, n, p), (n,) or (K, n), and (K, n)."""
+        weighted = X * train[:, :, None]
+        self.matrices = jnp.asarray(weighted.swapaxes(1, 2) @ X)
+        self.linear = jnp.asarray((np.broadcast_to(targets, train.shape)[:, None] @ weighted)[:, 0])
+
+    def __call__(self, x: Array, y: Array) -> Float[Array, ""]:
+        return jnp.sum(y * (0.5 * jnp.einsum("kpq,kq->kp", self.matrices, y) - self.linear))
+
+
 class SparseTraining(bilevel.AbstractInner):
     """A `bilevel.Composite` that knows where to start: half the mean squared error plus what `prox` is the prox of.
 
     `weights(x)`, where it is not None, are those of |w_j| and w_j^2 / 2, for solvers that know the elastic net only:
-    from `host` weights on, over all folds, scikit-learn's coordinate descent is called. `step`: as for `Composite`.
+    from `host` weights on, over all folds, scikit-learn's coordinate descent is called. `step`: as for `Composite`;
+    with it `grams` may stand for the rows.
     """
 
     composite: bilevel.Composite
@@ -52,10 +70,16 @@ class SparseTraining(bilevel.AbstractInner):
     host: int = eqx.field(static=True)
 
     def __init__(
-        self, criterion: AbstractCriterion, prox: AbstractProx, weights: Any = None, host: int = HOST, step: Any = None
+        self,
+        criterion: AbstractCriterion,
+        prox: AbstractProx,
+        weights: Any = None,
+        host: int = HOST,
+        step: Any = None,
+        grams: Grams | None = None,
     ):
         self.host = host
-        self.composite = bilevel.Composite(Smooth(criterion), prox, step=step)
+        self.composite = bilevel.Composite(Smooth(criterion) if grams is None else grams, prox, step=step)
         self.criterion = criterion
         self.weights = weights
 
@@ -71,6 +95,9 @@ class SparseTraining(bilevel.AbstractInner):
     @property
     def linear_solver(self):
         criterion, folds = self.criterion, self.criterion.folds
+        smooth: Any = self.smooth
+        if isinstance(smooth, Grams):
+            return GramSupport(smooth.matrices, self.composite.step)
         if folds and criterion.start.size * folds <= DENSE_LIMIT:  # K small factorizations instead of a large one
             return Foldwise(folds)
         # on a support that is not the solution's the system may be singular: the solver is asked before CG is done

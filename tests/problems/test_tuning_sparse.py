@@ -10,8 +10,9 @@ import sklearn.linear_model as sk
 import bilevel
 from bilevel.linear import linear_system
 from problems import tuning
+from problems.tuning._criteria import CrossValidation
 from problems.tuning._gathered import LARGEST, GatheredSupport, capacity
-from problems.tuning._sparse import exact_step_length
+from problems.tuning._sparse import Grams, SparseTraining, exact_step_length
 
 RNG = np.random.default_rng(7)
 N, P = 24, 60
@@ -102,6 +103,29 @@ def test_folds_share_rows_or_have_their_own_and_large_supports_are_not_gathered(
     assert jnp.all(residuals(b) <= 1e-9 * jnp.linalg.norm(b))
     assert capacity(N, 1100) == capacity(N, P) == MOST
     assert capacity(2 * LARGEST, 10 * LARGEST) is None
+
+
+def test_the_matrices_of_the_folds_stand_for_their_rows():
+    """As in the search: each fold has its own features, and a quadratic penalty makes D more than zeros and ones."""
+    data, targets, train = RNG.normal(size=(2, N, 5)), RNG.normal(size=N), jnp.asarray(TRAIN)
+    rows = CrossValidation(jnp.asarray(data), jnp.asarray(targets), jnp.zeros(5), train, train)
+    step = jnp.asarray(exact_step_length(data, TRAIN))
+    penalty = bilevel.prox.elastic_net(0.3, 0.5)
+    plain = SparseTraining(rows, penalty, None, step=step)
+    small = SparseTraining(rows, penalty, None, step=step, grams=Grams(data, targets, TRAIN))
+    x, y = jnp.zeros(()), jnp.asarray(RNG.normal(size=(2, 5)) * (RNG.uniform(size=(2, 5)) < 0.6))
+    np.testing.assert_allclose(small.optimality(x, y), plain.optimality(x, y), atol=1e-12)
+
+    @jax.jit
+    def solved(y):
+        _, system = linear_system(small, x, y)
+        state, b = small.linear_solver.prepare(system), jnp.cos(jnp.arange(1.0, 11))
+        found = [small.linear_solver.approximate(state, system, b, transpose=t).value for t in (False, True)]
+        return found, system.matrix(), b
+
+    found, matrix, b = solved(y)
+    for value, A in zip(found, (matrix, matrix.T), strict=True):
+        np.testing.assert_allclose(value, jnp.linalg.solve(A, b), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("shape", [(N, P), (N, 5), (2, N, P), (2, N, 5)])
