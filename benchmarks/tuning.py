@@ -158,13 +158,15 @@ def loop(case: Case, package: str, limit: float) -> Line | None:
 def main() -> None:
     """Prints a table a case."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}")
+    parser.add_argument(
+        "cases", nargs="*", choices=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}; by default all"
+    )
     parser.add_argument("--seconds", type=float, default=20.0, help="for Optuna, at least")
     parser.add_argument("--limit", type=float, default=200.0, help="seconds, of every other method's run")
     parser.add_argument("--seeds", type=int, default=1, help="of Optuna")
     arguments = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
-    for name in arguments.cases:
+    for name in arguments.cases or CASES:
         case = CASES[name]()
         x0 = case.problem.initial()[0]
         lines = [*ours(case), grid(case), *(loop(case, package, arguments.limit) for package in _peers.PEERS)]
