@@ -22,7 +22,7 @@ from ._foldwise import Foldwise
 from ._gathered import GatheredSupport, GramSupport, capacity
 from ._linear import at, squared
 
-HOST = 2000
+HOST = 200
 """Number of weights, over all folds, from which on an unnamed solver is scikit-learn's coordinate descent."""
 
 
