@@ -60,6 +60,7 @@ def search(name: str, kind: str) -> None:
 def wide() -> None:
     """The lasso with 7000 features."""
     import jax
+    import sklearn.linear_model  # noqa: F401  imports are not timed: coordinate descent is scikit-learn's
 
     import bilevel
     from problems.tuning import LassoTuning
@@ -122,10 +123,12 @@ CASES |= {"elastic-net-shared": lambda: search("elastic-net", "shared"), "wide":
 def main() -> None:
     """Prints a line a case."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}")
+    parser.add_argument(
+        "cases", nargs="*", choices=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}; by default all"
+    )
     parser.add_argument("--here", action="store_true", help="in this process")
     arguments = parser.parse_args()
-    for name in arguments.cases:
+    for name in arguments.cases or CASES:
         if arguments.here:
             CASES[name]()
         else:

@@ -100,12 +100,14 @@ def losses(data: Data, options: dict) -> tuple[float, float]:
 def main() -> None:
     """Prints a line a case."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}")
+    parser.add_argument(
+        "cases", nargs="*", choices=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}; by default all"
+    )
     parser.add_argument("--splits", type=int, default=10)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     print(f"{'case':22s}{'shared':>9s}{'own':>9s}{'median':>9s}{'worst':>9s}{'kept shared':>13s}{'seconds':>9s}")
-    for name in arguments.cases:
+    for name in arguments.cases or CASES:
         begin = time.perf_counter()
         rows = []
         for seed in range(arguments.splits):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -29,12 +30,25 @@ _quick: contextvars.ContextVar[bool] = contextvars.ContextVar("quick", default=F
 
 @contextlib.contextmanager
 def quickly(yes: bool = True):
-    """Outer loops inside compile their programs with little optimization. A setting of the thread, as contexts are."""
+    """Outer loops inside compile their programs with little optimization, a setting of the thread, as contexts are, and
+    factorize their small matrices with one thread of BLAS: several wait for each other longer than they compute."""
     token = _quick.set(yes)
+    blas = _blas() if yes else None
     try:
-        yield
+        with contextlib.nullcontext() if blas is None else blas.limit(limits=1, user_api="blas"):
+            yield
     finally:
         _quick.reset(token)
+
+
+@functools.cache
+def _blas() -> Any:
+    """What sets the number of threads, where it is installed (scikit-learn brings it)."""
+    if importlib.util.find_spec("threadpoolctl") is None:
+        return None
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 def asked_quickly() -> bool:

@@ -21,6 +21,7 @@ class Setting(NamedTuple):
     penalty: Callable[[np.ndarray], float] | None
     tol: float
     max_steps: int
+    ftol: float = 0.0
 
     def project(self, x: np.ndarray) -> np.ndarray:
         return np.clip(x, self.lower, self.upper)
@@ -37,14 +38,17 @@ def lbfgsb(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation], boo
     import scipy.optimize as so
 
     start = oracle(setting.project(oracle.x0))
-    recent, accepted = [start], [start]
+    recent, accepted, lowest = [start], [start], [start.value]
 
     def function(x):
         found = oracle(x)
-        if any(kink_between(other, found, setting, oracle.scale) for other in recent):
-            recent.append(found)
-            raise _AtKink
+        kink = any(kink_between(other, found, setting, oracle.scale) for other in recent)
         recent[:] = [*recent[-_RECENT:], found]
+        lowest.append(min(lowest[-1], found.value))
+        if kink:
+            raise _Ended("a minimum at a kink, where the gradient jumps")
+        if len(lowest) > _WINDOW and lowest[-1 - _WINDOW] - lowest[-1] < setting.ftol * abs(lowest[-1]):
+            raise _Ended(f"{_WINDOW} evaluations lowered the value by less than ftol")
         return found.value, found.gradient
 
     def callback(intermediate_result):
@@ -60,18 +64,19 @@ def lbfgsb(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation], boo
         out = so.minimize(
             function, start.x, jac=True, method="L-BFGS-B", bounds=bounds, callback=callback, options=options
         )
-    except _AtKink:
-        lowest = min(recent, key=lambda e: e.value)
-        if lowest.value < accepted[0].value:
-            on_step(lowest)
-        return "a minimum at a kink, where the gradient jumps"
+    except _Ended as why:
+        best = min(recent, key=lambda e: e.value)
+        if best.value < accepted[0].value:
+            on_step(best)
+        return str(why)
     return str(out.message)
 
 
-class _AtKink(Exception):
-    pass
+class _Ended(Exception):
+    """Why a line search is not worth going on with."""
 
 
+_WINDOW = 8  # evaluations, in line searches too, that `ftol` looks back on
 _RECENT = 10  # evaluations that a new one is compared with
 _CLOSE = 1e-7  # relative distance of two points that only a kink explains a change of the gradient between
 

@@ -93,6 +93,7 @@ def minimize(
     tol: float = 1e-6,
     max_steps: int = 200,
     rtol: float | None = None,
+    ftol: float = 0.0,
     callback: Callable[[State], Any] | None = None,
     progress: bool = False,
     checkpoint: str | Path | None = None,
@@ -107,9 +108,11 @@ def minimize(
     it is proximal gradient. `bounds`: (lower, upper), each like x or a number; not with a prox. `prox`: `prox(x, t)`
     of t times a penalty, like x, or one of `bilevel.prox` (default: the problem's own). `tol`: converged means that
     the largest entry of the projected gradient is at most tol · max(1, the first one's). `max_steps`: outer steps.
-    `rtol`: accuracy of each hypergradient; None: what the outer step needs. `callback(state)`: called after each
-    step. `progress`: a bar with value, gradient norm, hypergradient error and time left. `checkpoint`: a file; the
-    same call made again goes on from there. `solver`, `adjoint`, `max_inner_steps`: as for `hypergradient`.
+    `rtol`: accuracy of each hypergradient; None: what the outer step needs. `ftol` ("l-bfgs-b"): end where eight
+    evaluations in a row lowered the value by less than this, relatively; where h has kinks its gradient need not
+    vanish, and line searches close in on kinks in ever smaller steps. `callback(state)`: called after each step.
+    `progress`: a bar with value, gradient norm, hypergradient error and time left. `checkpoint`: a file; the same call
+    made again goes on from there. `solver`, `adjoint`, `max_inner_steps`: as for `hypergradient`.
 
     **Returns:** a `Result`; reaching `max_steps` or round-off gives `converged=False` and a message.
 
@@ -124,6 +127,10 @@ def minimize(
         prox = lambda x, t: ready(x, x, t)
     method = _check_method(method, prox)
     _check_numbers(tol, max_steps, rtol)
+    if not 0 <= float(ftol) < 1 or (ftol > 0 and method != "l-bfgs-b"):
+        raise ValueError(
+            f"bilevel.minimize: ftol must be a number in [0, 1), and 0 unless the method is 'l-bfgs-b', found {ftol!r}."
+        )
     adjoint = ImplicitAdjoint() if adjoint is None else adjoint
     lower, upper = _flat_bounds(bounds, x0)
     if prox is not None and (np.isfinite(lower).any() or np.isfinite(upper).any()):
@@ -143,7 +150,7 @@ def minimize(
         recorded=recorded,
     )  # fmt: skip
     setting = outer.Setting(
-        lower, upper, _flat_prox(prox, oracle), _flat_penalty(problem, prox, oracle), tol, max_steps
+        lower, upper, _flat_prox(prox, oracle), _flat_penalty(problem, prox, oracle), tol, max_steps, ftol
     )
     loop = _Loop(oracle, setting, callback, path, mark, progress)
     with loop:
@@ -232,7 +239,8 @@ class _Loop:
                 f"max_steps = {setting.max_steps} reached with a projected gradient of {size:.2e} (wanted {bound:.2e})"
             )
         else:
-            cause = "the round-off floor" if last.at_floor or last.error > 0.1 * size else "the line search"
+            at_floor = last.at_floor or last.error > 0.1 * size
+            cause = "ftol" if said.endswith("ftol") else "the round-off floor" if at_floor else "the line search"
             message = (
                 f"{cause} ended it with a projected gradient of {size:.2e} (wanted {bound:.2e}) and a hypergradient "
                 f"error of {last.error:.1e}: {said.strip().rstrip('.')}"

@@ -223,3 +223,22 @@ def test_a_minimum_at_a_kink_ends_it_soon():
     assert not found.converged
     assert "kink" in found.message
     assert found.hypergradients < 40
+
+
+def test_ftol_ends_it_where_the_value_hardly_falls():
+    """A valley along whose kink the gradient never vanishes: line searches alone would go on for hundreds of steps."""
+    inner = bilevel.Minimization(lambda x, y: 0.5 * jnp.sum((y - x) ** 2))
+    outer = lambda x, y: 1 + jnp.abs(y[0] - y[1] ** 2) + 0.1 * (y[1] - 1) ** 2
+    problem = bilevel.BilevelProblem(inner, outer)
+    start = (jnp.asarray([-1.0, 2.0]), jnp.zeros(2))
+    rough = bilevel.minimize(problem, *start, ftol=1e-2)
+    fine = bilevel.minimize(problem, *start, ftol=1e-4)
+    assert not rough.converged
+    assert "ftol" in rough.message
+    assert rough.hypergradients <= fine.hypergradients
+    values = np.minimum.accumulate([state.value for state in fine.history])
+    assert fine.value == values[-1] <= rough.value
+    with pytest.raises(ValueError, match="ftol"):
+        bilevel.minimize(problem, *start, ftol=-1.0)
+    with pytest.raises(ValueError, match="ftol"):
+        bilevel.minimize(problem, *start, ftol=1e-3, method="newton-cg")

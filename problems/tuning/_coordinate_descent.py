@@ -57,6 +57,7 @@ def _fit(X, targets, rows, one, two, y0, tol):
 
 
 def _one(X, targets, weight, one, two, start, tol):
+    from sklearn import config_context
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import ElasticNet
 
@@ -87,7 +88,8 @@ def _one(X, targets, weight, one, two, start, tol):
         tol=min(1e-4, max(1e-14, (tol / max(np.linalg.norm(A.T @ b) / n, 1e-300)) ** 2)),
     )  # fmt: skip
     model.coef_ = np.asarray(start * scale, np.float64)
-    with warnings.catch_warnings():
+    # the checks of the data take longer than a fit of few: ours are
+    with warnings.catch_warnings(), config_context(assume_finite=True, skip_parameter_validation=True):
         warnings.simplefilter("ignore", ConvergenceWarning)  # what is left is seen in the residual
-        model.fit(A, b)
+        model.fit(np.asfortranarray(A), b, check_input=False)
     return (model.coef_ / scale).astype(start.dtype), int(np.max(model.n_iter_))

@@ -21,7 +21,7 @@ from bilevel import prox
 from ._criteria import CrossValidation
 from ._linear import OfPredictions, Training
 from ._penalties import AbstractPenalties
-from ._sparse import SparseTraining
+from ._sparse import Grams, SparseTraining
 from .lasso import First, Second
 
 
@@ -189,11 +189,11 @@ def mean_squared_with_scale(X, w, targets):
     return jnp.square(X @ w[:-1] - targets)
 
 
-def sparse(criterion: CrossValidation, weights: Any, step: Any) -> SparseTraining:
+def sparse(criterion: CrossValidation, weights: Any, step: Any, grams: Grams | None) -> SparseTraining:
     """The training of a lasso or an elastic net with the given weights, by scikit-learn, which compiles nothing."""
     first = First(weights)
     operator = prox.elastic_net(first, Second(weights)) if isinstance(weights, Both) else prox.l1(first)
-    return SparseTraining(criterion, operator, weights, host=0, step=step)
+    return SparseTraining(criterion, operator, weights, host=0, step=step, grams=grams)
 
 
 def smooth(criterion: CrossValidation, penalties: Quadratic, losses: Callable) -> Training:

@@ -26,8 +26,8 @@ INNER_STEPS = 200
 
 
 FLAT = 5
-"""Steps that together must lower the criterion by a tenth of the tolerance, relatively. At the kinks of a lasso's
-criterion the gradient does not vanish, and a descent that waits for that goes on in ever smaller steps."""
+"""Steps that together must lower the criterion by a tenth of the tolerance, relatively; where the criterion has kinks
+also evaluations, by three tenths (`ftol` of `bilevel.minimize`)."""
 
 
 SMALL = 2**21
@@ -120,7 +120,8 @@ class Search:
         with quickly(data <= SMALL), contextlib.suppress(_Flat):
             bilevel.minimize(
                 problem, jnp.asarray(x, float), y, bounds=bounds, tol=self.tol / among, max_steps=int(steps),
-                callback=note, progress=bool(self.verbose) and steps > 0, max_inner_steps=INNER_STEPS,
+                ftol=0.3 * self.tol if self.setup.kinks else 0.0, callback=note,
+                progress=bool(self.verbose) and steps > 0, max_inner_steps=INNER_STEPS,
             )  # fmt: skip
         return states
 

@@ -16,6 +16,7 @@ from . import _search_kernels as kernels
 from ._criteria import CrossValidation
 from ._scaled_estimator import FeatureScaled
 from ._search_folds import Folds
+from ._sparse import Grams, exact_step_length
 
 SUPPORTED = (
     "ElasticNet", "HuberRegressor", "KernelRidge", "Lasso", "LinearSVC", "LogisticRegression", "PoissonRegressor",
@@ -35,6 +36,7 @@ class Setup:
     upper: np.ndarray
     scan: np.ndarray
     parts: Callable[[families.Mixing], tuple]  # mixing -> (training, judge)
+    kinks: bool = False  # whether the criterion has them
 
     def problem(self, shared: bool, center: np.ndarray, strength: float) -> families.SearchProblem:
         """Own penalties or one shared one, pulled towards `center`."""
@@ -131,21 +133,23 @@ class Family:
             slopes = np.abs(np.einsum("kn,knp->kp", train * np.broadcast_to(targets, (K, n)), X)[:, :p]) * deviation
             top = float(slopes.max())
             top = np.log(top if top > 0 else 1.0)
-            step = jnp.asarray(_step_length(X, train))
+            step = jnp.asarray(exact_step_length(X, train))
+            grams = Grams(X, targets, train) if X.shape[2] <= X.shape[1] else None
             if name == "Lasso":
                 offset = np.full(count, top)
                 spread = families.Spread(own, len(unit) - p)
                 top_, unit_ = as_jax(offset, unit)
                 weights = lambda mixing: families.Absolute(mixing, top_, spread, unit_)
-                parts = lambda mixing: (families.sparse(criterion, weights(mixing), step), judge)
+                parts = lambda mixing: (families.sparse(criterion, weights(mixing), step, grams), judge)
                 scan = np.linspace(-7.5, -0.25, 16)[:, None] * np.ones(count)
-                return Setup(np.ones(count, bool), offset, np.full(count, -9.0), np.zeros(count), scan, parts)
+                return Setup(np.ones(count, bool), offset, np.full(count, -9.0), np.zeros(count), scan, parts, True)
             if count > 1:
                 raise ValueError("HypergradientSearchCV: ElasticNet is tuned with penalties='shared' only.")
             offset = np.array([top, np.log(variance)])
-            parts = lambda mixing: (families.sparse(criterion, families.Both(*as_jax(offset, unit)), step), judge)
+            both = families.Both(*as_jax(offset, unit))
+            parts = lambda mixing: (families.sparse(criterion, both, step, grams), judge)
             scan = np.array([(a, b) for a in (-1.0, -2.5, -4.0, -5.5, -7.0) for b in (-9.0, -5.0, -2.0, 0.0)])
-            return Setup(np.zeros(2, bool), offset, np.array([-9.0, -12.0]), np.array([0.0, 4.0]), scan, parts)
+            return Setup(np.zeros(2, bool), offset, np.array([-9.0, -12.0]), np.array([0.0, 4.0]), scan, parts, True)
         scale = {"PoissonRegressor": 1.0, "HuberRegressor": 2 / average}.get(name, 1 / average)
         center = np.log(variance / (p * scale))
         if name == "HuberRegressor":
@@ -273,14 +277,6 @@ def _variances(X: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The variance of each feature, over folds and rows."""
     mean = np.einsum("n,knp->p", rows, X) / len(X)
     return np.einsum("n,knp->p", rows, np.square(X - mean)) / len(X)
-
-
-def _step_length(X: np.ndarray, train: np.ndarray) -> float:
-    """1 / L, L the largest eigenvalue of any fold's X' diag(weights) X."""
-    weighted = X * np.sqrt(train)[:, :, None]
-    grams = (w @ w.T if w.shape[0] < w.shape[1] else w.T @ w for w in weighted)
-    largest = max(float(np.linalg.eigvalsh(gram)[-1]) for gram in grams)
-    return 1 / largest if largest > 0 else 1.0
 
 
 def _judged_logistic(X, w, targets):

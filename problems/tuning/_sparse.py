@@ -7,6 +7,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -16,11 +17,12 @@ from bilevel.linear import DENSE_LIMIT
 from bilevel.prox import AbstractProx
 
 from ._coordinate_descent import CoordinateDescent, available
-from ._criteria import AbstractCriterion
+from ._criteria import AbstractCriterion, CrossValidation
 from ._foldwise import Foldwise
+from ._gathered import GatheredSupport, GramSupport, capacity
 from ._linear import at, squared
 
-HOST = 2000
+HOST = 200
 """Number of weights, over all folds, from which on an unnamed solver is scikit-learn's coordinate descent."""
 
 
@@ -37,11 +39,29 @@ class Smooth(eqx.Module):
         return self.criterion.training(at(x, squared), lambda w: jnp.zeros((), w.dtype), y)
 
 
+class Grams(eqx.Module):
+    """The same, up to a constant, where there are more rows than features: y'Hy / 2 - c'y summed over folds, with each
+    fold's H = X' W X and c = X' W b, W its weights of rows. No product with X is left."""
+
+    matrices: Float[Array, "k p p"]
+    linear: Float[Array, "k p"]
+
+    def __init__(self, X: np.ndarray, targets: np.ndarray, train: np.ndarray):
+        """Data of shape (K, n, p), (n,) or (K, n), and (K, n)."""
+        weighted = X * train[:, :, None]
+        self.matrices = jnp.asarray(weighted.swapaxes(1, 2) @ X)
+        self.linear = jnp.asarray((np.broadcast_to(targets, train.shape)[:, None] @ weighted)[:, 0])
+
+    def __call__(self, x: Array, y: Array) -> Float[Array, ""]:
+        return jnp.sum(y * (0.5 * jnp.einsum("kpq,kq->kp", self.matrices, y) - self.linear))
+
+
 class SparseTraining(bilevel.AbstractInner):
     """A `bilevel.Composite` that knows where to start: half the mean squared error plus what `prox` is the prox of.
 
     `weights(x)`, where it is not None, are those of |w_j| and w_j^2 / 2, for solvers that know the elastic net only:
-    from `host` weights on, over all folds, scikit-learn's coordinate descent is called. `step`: as for `Composite`.
+    from `host` weights on, over all folds, scikit-learn's coordinate descent is called. `step`: as for `Composite`;
+    with it `grams` may stand for the rows.
     """
 
     composite: bilevel.Composite
@@ -50,10 +70,16 @@ class SparseTraining(bilevel.AbstractInner):
     host: int = eqx.field(static=True)
 
     def __init__(
-        self, criterion: AbstractCriterion, prox: AbstractProx, weights: Any = None, host: int = HOST, step: Any = None
+        self,
+        criterion: AbstractCriterion,
+        prox: AbstractProx,
+        weights: Any = None,
+        host: int = HOST,
+        step: Any = None,
+        grams: Grams | None = None,
     ):
         self.host = host
-        self.composite = bilevel.Composite(Smooth(criterion), prox, step=step)
+        self.composite = bilevel.Composite(Smooth(criterion) if grams is None else grams, prox, step=step)
         self.criterion = criterion
         self.weights = weights
 
@@ -68,11 +94,23 @@ class SparseTraining(bilevel.AbstractInner):
 
     @property
     def linear_solver(self):
-        folds = self.criterion.folds
-        if folds and self.criterion.start.size * folds <= DENSE_LIMIT:  # K small factorizations instead of a large one
+        criterion, folds = self.criterion, self.criterion.folds
+        smooth: Any = self.smooth
+        if isinstance(smooth, Grams):
+            return GramSupport(smooth.matrices, self.composite.step)
+        if folds and criterion.start.size * folds <= DENSE_LIMIT:  # K small factorizations instead of a large one
             return Foldwise(folds)
         # on a support that is not the solution's the system may be singular: the solver is asked before CG is done
-        return SupportAware(max_steps=CG_STEPS)
+        plain = SupportAware(max_steps=CG_STEPS)
+        rows, features = criterion.X.shape[-2:]
+        most = capacity(rows, features)
+        if self.weights is None or self.composite.step is None or most is None:
+            return plain
+        one = jnp.full((1, rows), 1 / rows, criterion.X.dtype)
+        train = criterion.train if isinstance(criterion, CrossValidation) else one
+        # a lasso with more weights than rows has no unique solution
+        enough = most == features or getattr(self.composite.prox, "quadratic", 0) is None
+        return GatheredSupport(criterion.X, train, self.composite.step, most, None if enough else plain)
 
     @property
     def default_solver(self):
@@ -149,10 +187,35 @@ class AbstractSparseTuning(bilevel.AbstractBilevelProblem):
         return (self.criterion.models(owner, y) @ X.T).mean(axis=0)
 
 
+SMALL = 1000
+"""Rows or features up to which the largest eigenvalue is found on the host, where nothing is compiled for it."""
+
+
+def step_length(criterion: AbstractCriterion) -> Array:
+    """1 / L of the mean squared error of all folds, shape (), once: it is the same at all weights."""
+    X = criterion.X
+    if min(X.shape) <= SMALL:
+        train = criterion.train if isinstance(criterion, CrossValidation) else np.full((1, len(X)), 1 / len(X))
+        return jnp.asarray(exact_step_length(np.asarray(X), np.asarray(train)), X.dtype)
+    return _powers(criterion)
+
+
 @eqx.filter_jit
-def step_length(criterion: AbstractCriterion) -> Float[Array, ""]:
-    """1 / L of the mean squared error, once: it is the same at all weights."""
+def _powers(criterion: AbstractCriterion) -> Array:
     return inverse_curvature(Smooth(criterion), jnp.zeros((), criterion.X.dtype), criterion.initial())
+
+
+def exact_step_length(X: np.ndarray, train: np.ndarray) -> float:
+    """1 / L, L the largest eigenvalue of any fold's X' diag(weights) X; X of shape (n, p), or (K, n, p); or 1."""
+    roots = np.sqrt(np.asarray(train, np.float64))
+    if X.ndim == 2 and X.shape[0] < X.shape[1]:  # the same rows in every fold
+        products = X @ X.T
+        matrices = (products * root[:, None] * root for root in roots)
+    else:
+        weighted = ((X[k] if X.ndim == 3 else X) * root[:, None] for k, root in enumerate(roots))
+        matrices = (w @ w.T if w.shape[0] < w.shape[1] else w.T @ w for w in weighted)
+    largest = max(float(np.linalg.eigvalsh(matrix)[-1]) for matrix in matrices)
+    return 1 / largest if largest > 0 else 1.0
 
 
 def start_below(criterion: AbstractCriterion) -> Float[Array, ""]:

@@ -92,7 +92,7 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
         pairs = [(np.asarray(a), np.asarray(b)) for a, b in splitter.split(rows, y)]
         self.n_splits_ = len(pairs)
         if classifier:
-            self._classes(y, pairs, judged=score == "neg_log_loss")
+            self._classes(y, pairs, weights, judged=score == "neg_log_loss")
         targets = family.targets(y)
         folds = fold_data(before, rows, y, pairs, weights)
         # on small matrices the threads of BLAS wait for each other longer than they compute
@@ -184,8 +184,9 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
             raise ValueError("HypergradientSearchCV: PoissonRegressor takes targets y >= 0, not all zero.")
         return rows, y
 
-    def _classes(self, y: np.ndarray, pairs: list, judged: bool) -> None:
-        """Raises ValueError where there is one class, or training rows lack one; with `judged` validation rows too."""
+    def _classes(self, y: np.ndarray, pairs: list, weights: np.ndarray | None, judged: bool) -> None:
+        """Raises ValueError where there is one class, or training rows lack one; with `judged` validation rows too.
+        Rows without weight do not count."""
         check_classification_targets(y)
         classes = np.unique(y)
         if len(classes) < 2:
@@ -195,7 +196,7 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
             )
         for k, pair in enumerate(pairs):
             for part, rows in zip(("training", "validation"), pair if judged else pair[:1], strict=False):
-                missing = np.setdiff1d(classes, y[rows])
+                missing = np.setdiff1d(classes, y[rows if weights is None else rows[weights[rows] > 0]])
                 if missing.size:  # without it a model is another one, and scikit-learn's log loss is none
                     raise ValueError(
                         f"HypergradientSearchCV: `cv`, fold {k}: its {part} rows lack the class "

@@ -87,3 +87,9 @@ def test_fewer_rows_than_features():
 def test_a_class_that_a_fold_lacks_is_named(labels, cv, scoring, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         HypergradientSearchCV(sk.LogisticRegression(), cv=cv, scoring=scoring).fit(X, labels)
+
+
+def test_rows_without_weight_do_not_count_as_rows_of_a_class():
+    labels = np.arange(N) % 2
+    with pytest.raises(ValueError, match="fold 0: its training rows lack the class 0"):
+        HypergradientSearchCV(sk.LogisticRegression(), cv=3).fit(X, labels, sample_weight=1.0 * labels)
