@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from . import one_of
+
 
 def _data(name: str):
     rng = np.random.default_rng(0)
@@ -124,7 +126,7 @@ def main() -> None:
     """Prints a line a case."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "cases", nargs="*", choices=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}; by default all"
+        "cases", nargs="*", type=one_of(CASES), metavar="CASE", help=f"of {', '.join(CASES)}; by default all"
     )
     parser.add_argument("--here", action="store_true", help="in this process")
     arguments = parser.parse_args()

@@ -23,6 +23,8 @@ from sklearn.preprocessing import StandardScaler
 
 from problems.tuning import HypergradientSearchCV
 
+from . import one_of
+
 
 class Data(NamedTuple):
     """Rows to train on and to test on, and what is tuned besides one shared penalty."""
@@ -101,7 +103,7 @@ def main() -> None:
     """Prints a line a case."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "cases", nargs="*", choices=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}; by default all"
+        "cases", nargs="*", type=one_of(CASES), metavar="CASE", help=f"of {', '.join(CASES)}; by default all"
     )
     parser.add_argument("--splits", type=int, default=10)
     arguments = parser.parse_args()

@@ -24,7 +24,7 @@ import scipy.optimize
 
 import bilevel
 
-from . import _peers
+from . import _peers, one_of
 from ._tuning_cases import CASES, Case
 
 MOST = 10**5
@@ -164,7 +164,7 @@ def main() -> None:
     """Prints a table a case."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "cases", nargs="*", choices=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}; by default all"
+        "cases", nargs="*", type=one_of(CASES), metavar="CASE", help=f"of {', '.join(CASES)}; by default all"
     )
     parser.add_argument("--seconds", type=float, default=20.0, help="for Optuna, at least")
     parser.add_argument("--limit", type=float, default=200.0, help="seconds, of every other method's run")
