@@ -158,14 +158,26 @@ class _Located(NamedTuple):
 
 
 def _locate(inner, x, y, adjoint: AbstractAdjoint, rtol, atol, wanted) -> Attempt:
-    """Corrects y once and measures what is left by the next Newton step; neither where |F| is what is `wanted`."""
+    """Corrects y once and measures what is left by the next Newton step. Where |F| is what is `wanted` and the Newton
+    step from y itself is short enough, y stays."""
     if wanted is None:
         return _corrected(inner, x, y, adjoint, rtol, atol)
-    flat, _ = ravel(y)
-    size, status = jnp.linalg.norm(ravel_like(inner.optimality(x, y), flat.dtype)), inner.status_at(x, y)
-    there = (size <= wanted) & (status.code == 0)
-    corrected = eqx.filter_closure_convert(lambda y: _corrected(inner, x, y, adjoint, rtol, atol), y)
+    flat, unravel = ravel(y)
+    solver = choose(adjoint.linear_solver_used, inner, x, y, loose=True)
+    residual, system = linear_system(inner, x, y)
+    size, status = jnp.linalg.norm(residual), system.gauge_status.then(inner.status_at(x, y))
     zero, no = jnp.zeros_like(size), jnp.asarray(False)
+
+    def step():
+        found = solver.approximate(solver.prepare(system), system, system.off_gauge(residual))
+        error = jnp.linalg.norm(system.off_gauge(found.value))
+        return jnp.where(usable(found.status) & jnp.isfinite(error), error, jnp.inf)
+
+    near = (size <= wanted) & (status.code == 0)
+    error = lax.cond(near, step, lambda: jnp.full_like(size, jnp.inf))
+    unit = jnp.maximum(jnp.linalg.norm(flat), inner.unit_at(x, unravel(flat)))
+    there = error <= jnp.maximum(rtol * unit, atol)
+    corrected = eqx.filter_closure_convert(lambda y: _corrected(inner, x, y, adjoint, rtol, atol), y)
     found = Attempt(flat, size, ~no, no, zero, _Located(flat, size, zero, zero, status), jnp.asarray(1), jnp.asarray(0))
     found = jax.tree.map(lambda a, like: a.astype(like.dtype), found, corrected.out_struct)
     return lax.cond(there, lambda: found, lambda: corrected(y))

@@ -281,7 +281,9 @@ class EntropicOT(AbstractTransport):
     positive number. All may be traced; what `cost` closes over and these carry derivatives.
 
     y = (f, g), the potentials, determined up to (f + c, g - c): the gauge is declared, and an outer function that sees
-    it is refused.
+    it is refused. `bilevel.solve` judges by the marginals: they, the value and the coupling are right to rtol. Where
+    epsilon is so small that parts of the problem hardly see each other, the potentials of one part against another's
+    are not; `bilevel.hypergradient` measures that, and says so.
 
     **Raises:** TypeError, ValueError naming the argument: negative weights, unequal masses, NaN, epsilon <= 0, shapes
     that do not fit.

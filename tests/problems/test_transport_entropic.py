@@ -400,3 +400,20 @@ def test_wrong_types_are_named():
         EntropicOT(C0, A, B, 0.1)
     with pytest.raises(TypeError, match="`epsilon` must be a positive number"):
         EntropicOT(lambda x: C0, A, B, None)
+
+
+@pytest.mark.long
+def test_parts_that_hardly_see_each_other():
+    """f_1 - f_2 = x (c_12 - c_21) / 2 for two points on each side, at every epsilon, though marginals hardly show it."""
+    weights, costs = jnp.full(2, 0.5), jnp.asarray([[0.0, 1.0], [1.4, 0.0]])
+    difference = lambda y: y[0][0] - y[0][1]
+    for epsilon in (0.1, 0.07):
+        ot = EntropicOT(jax.tree_util.Partial(lambda costs, x: x * costs, costs), weights, weights, epsilon)
+        at = lambda x, ot=ot: difference(bilevel.solve(ot, x, ot.initial()).y)
+        found, slope = jax.value_and_grad(at)(jnp.asarray(1.0))
+        np.testing.assert_allclose([found, slope], -0.2, rtol=1e-6)
+    for epsilon in (0.05, 0.04):
+        ot = EntropicOT(jax.tree_util.Partial(lambda costs, x: x * costs, costs), weights, weights, epsilon)
+        problem = bilevel.BilevelProblem(ot, lambda x, y: difference(y))
+        known = bilevel.hypergradient(problem, jnp.asarray(1.0), ot.initial(), throw=False)
+        assert not known.converged or abs(float(known.gradient) + 0.2) < 1e-6
