@@ -404,7 +404,7 @@ def test_wrong_types_are_named():
 
 @pytest.mark.long
 def test_parts_that_hardly_see_each_other():
-    """f_1 - f_2 = x (c_12 - c_21) / 2 for two points on each side, at every epsilon, though marginals hardly show it."""
+    """f_1 - f_2 = x (c_12 - c_21) / 2 for two points on each side, at every epsilon; marginals hardly show it."""
     weights, costs = jnp.full(2, 0.5), jnp.asarray([[0.0, 1.0], [1.4, 0.0]])
     difference = lambda y: y[0][0] - y[0][1]
     for epsilon in (0.1, 0.07):
