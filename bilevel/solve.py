@@ -162,7 +162,7 @@ def _locate(inner, x, y, adjoint: AbstractAdjoint, rtol, atol, wanted) -> Attemp
     step from y itself is short enough, y stays."""
     if wanted is None:
         return _corrected(inner, x, y, adjoint, rtol, atol)
-    flat, unravel = ravel(y)
+    flat, _ = ravel(y)
     solver = choose(adjoint.linear_solver_used, inner, x, y, loose=True)
     residual, system = linear_system(inner, x, y)
     size, status = jnp.linalg.norm(residual), system.gauge_status.then(inner.status_at(x, y))
@@ -175,7 +175,7 @@ def _locate(inner, x, y, adjoint: AbstractAdjoint, rtol, atol, wanted) -> Attemp
 
     near = (size <= wanted) & (status.code == 0)
     error = lax.cond(near, step, lambda: jnp.full_like(size, jnp.inf))
-    unit = jnp.maximum(jnp.linalg.norm(flat), inner.unit_at(x, unravel(flat)))
+    unit = jnp.maximum(jnp.linalg.norm(flat), inner.unit_at(x, y))
     there = error <= jnp.maximum(rtol * unit, atol)
     corrected = eqx.filter_closure_convert(lambda y: _corrected(inner, x, y, adjoint, rtol, atol), y)
     found = Attempt(flat, size, ~no, no, zero, _Located(flat, size, zero, zero, status), jnp.asarray(1), jnp.asarray(0))
