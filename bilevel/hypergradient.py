@@ -230,6 +230,7 @@ def search(
                 found,
                 found.evaluations,
                 found.products,
+                jnp.asarray(True),
             )
 
         data = (problem.inner, problem.outer) if worth_lowering(problem.inner, x, y0) else ()

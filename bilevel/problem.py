@@ -56,6 +56,9 @@ class AbstractInner(eqx.Module):
     - `residual_wanted(x, rtol, atol)`: the |F(x, y)|_2 with which that measure is met, where no step is needed to know;
       `solve` then asks the solver for as much, and corrects y only where it falls short; or None;
     - `unit_at(x, y)`: a size of y against which round-off counts where y itself is near zero, or 0: y's own norm;
+    - `length_scale(x, y)`: where `size_of_error` does not look at y itself, the length in y within which dF/dy changes:
+      `solve` then tries to bring the Newton step below a small part of it, and a derivative of y is refused where
+      that step is longer than a thousandth; or None;
     - `trouble_at(x, y)`: after a failure, outside tracing: a sentence about the data that makes it one, or None;
     - `initial()`: a y to start from (plugins).
     """
@@ -130,6 +133,9 @@ class AbstractInner(eqx.Module):
 
     def unit_at(self, x: PyTree, y: PyTree) -> Scalar | float:
         return 0.0
+
+    def length_scale(self, x: PyTree, y: PyTree) -> Scalar | None:
+        return None
 
     def trouble_at(self, x: PyTree, y: PyTree) -> str | None:
         return None

@@ -16,7 +16,7 @@ from . import _precision as precision
 from ._compiling import held
 from ._entry import check_tolerance, finish, prepare_inner
 from ._trees import ravel, ravel_like
-from .adjoint import AbstractAdjoint, ImplicitAdjoint, usable
+from .adjoint import AbstractAdjoint, ImplicitAdjoint, near, usable
 from .correct import correct
 from .errors import Status
 from .linear import choose, first_reduction, linear_system
@@ -26,6 +26,7 @@ from .solvers import resolve
 __all__ = ["Solution", "solve"]
 
 ROUNDS = 16
+_NEARER = 1e-4  # of `length_scale`: how near y is brought beyond what was asked for, where Newton steps do it
 
 
 class Solution(eqx.Module):
@@ -60,7 +61,8 @@ def _number(a) -> str:
 class Attempt(NamedTuple):
     """One round's outcome, as `rounds` needs it: the point, |F| there, whether the target was met, whether the
     point was improved by a Newton step (then another one is tried before the solver), how much smaller |F| should
-    get, the caller's own `found`, and the evaluations and products it took."""
+    get, the caller's own `found`, the evaluations and products it took, and whether it is worth the solver's steps
+    (else the rounds end where Newton steps do)."""
 
     flat: jax.Array
     residual: jax.Array
@@ -70,6 +72,7 @@ class Attempt(NamedTuple):
     found: PyTree
     evaluations: jax.Array
     products: jax.Array
+    worth_solving: jax.Array
 
 
 class Rounds(NamedTuple):
@@ -138,6 +141,7 @@ def rounds(
         stalled = jnp.where(ask, asked_in_vain | (~progress & (count > 1)), jnp.asarray(False))
         stalled = stalled | (jnp.asarray(who.exact) & (count > 0) & ~progress)
         again = new_attempt.newton & progress
+        stalled = stalled | ~(again | new_attempt.worth_solving)
         goal = new_attempt.factor * new_attempt.residual
         next_tol = jnp.where(again, big, jnp.minimum(goal, jnp.where(jnp.isfinite(tol), tol, goal)))
         return (
@@ -155,6 +159,7 @@ class _Located(NamedTuple):
     error: jax.Array
     floor: jax.Array
     status: Status
+    accepted: jax.Array  # what `solve` promises is kept; `Attempt.reached` may want more, as long as it can be had
 
 
 def _locate(inner, x, y, adjoint: AbstractAdjoint, rtol, atol, wanted) -> Attempt:
@@ -170,15 +175,14 @@ def _locate(inner, x, y, adjoint: AbstractAdjoint, rtol, atol, wanted) -> Attemp
 
     def step():
         found = solver.approximate(solver.prepare(system), system, system.off_gauge(residual))
-        error = jnp.linalg.norm(system.off_gauge(found.value))
-        return jnp.where(usable(found.status) & jnp.isfinite(error), error, jnp.inf)
+        return jnp.where(usable(found.status), system.off_gauge(found.value), jnp.inf)
 
-    near = (size <= wanted) & (status.code == 0)
-    error = lax.cond(near, step, lambda: jnp.full_like(size, jnp.inf))
+    left = lax.cond((size <= wanted) & (status.code == 0), step, lambda: jnp.full_like(flat, jnp.inf))
     unit = jnp.maximum(jnp.linalg.norm(flat), inner.unit_at(x, y))
-    there = error <= jnp.maximum(rtol * unit, atol)
+    there = (jnp.linalg.norm(left) <= jnp.maximum(rtol * unit, atol)) & near(inner, x, y, left, _NEARER)
     corrected = eqx.filter_closure_convert(lambda y: _corrected(inner, x, y, adjoint, rtol, atol), y)
-    found = Attempt(flat, size, ~no, no, zero, _Located(flat, size, zero, zero, status), jnp.asarray(1), jnp.asarray(0))
+    located = _Located(flat, size, zero, zero, status, ~no)
+    found = Attempt(flat, size, ~no, no, zero, located, jnp.asarray(1), jnp.asarray(0), no)
     found = jax.tree.map(lambda a, like: a.astype(like.dtype), found, corrected.out_struct)
     return lax.cond(there, lambda: found, lambda: corrected(y))
 
@@ -200,14 +204,15 @@ def _corrected(inner, x, y, adjoint: AbstractAdjoint, rtol, atol) -> Attempt:
     status = finite.then(system.gauge_status).then(rough.status).then(moved.status).then(inner.status_at(x, y_hat))
     fine = usable(status) & jnp.isfinite(error)
     contracted = (moved.after <= 0.5 * moved.before) & moved.used
-    reached = fine & (error <= allowed) & inner.smooth_between(x, y_hat, unravel(moved.flat - step))
+    accepted = fine & (error <= allowed) & inner.smooth_between(x, y_hat, unravel(moved.flat - step))
+    reached = accepted & near(inner, x, y_hat, step, _NEARER)
     newton = adjoint.correction_used is not None and adjoint.correction_used.uses_newton
     factor = jnp.clip(0.3 * allowed / jnp.where(error > 0, error, 1), 1e-4, 0.1)
     factor = jnp.where(fine, factor, 0.1)
-    located = _Located(moved.flat, moved.after, error, floor, status)
+    located = _Located(moved.flat, moved.after, error, floor, status, accepted)
     again = jnp.asarray(newton) & contracted
     evaluations, products = moved.evaluations + 1, moved.products + rough.products.astype(jnp.int32)
-    return Attempt(moved.flat, moved.after, reached, again, factor, located, evaluations, products)
+    return Attempt(moved.flat, moved.after, reached, again, factor, located, evaluations, products, ~accepted)
 
 
 def solve(
@@ -266,11 +271,12 @@ def _solve(inner, x, y0, solver, adjoint, rtol, atol, max_steps, throw) -> Solut
                 max_steps=max_steps, newton_first=first, wanted=wanted,
             )  # fmt: skip
         found = out.found
+        reached = out.reached | found.accepted
         _, unravel = ravel(y0)
-        status = outcome(found.status, out.reached, found.error <= 10 * found.floor, out.steps >= max_steps, max_steps)
+        status = outcome(found.status, reached, found.error <= 10 * found.floor, out.steps >= max_steps, max_steps)
         here = usable(found.status) & jnp.all(jnp.isfinite(found.flat))
         y = jax.tree.map(lambda a: jnp.where(here, a, jnp.nan), unravel(found.flat))
-        return y, (found.residual, out.steps, out.reached, status)
+        return y, (found.residual, out.steps, reached, status)
 
     y, (residual, steps, reached, status) = adjoint.differentiable(inner, x, y0, work, throw=throw)
     return Solution(y, residual, steps, reached, status, inner.aux_at(x, y), inner.multipliers_at(x, y))

@@ -11,7 +11,7 @@ and with l(x, y) = G - v'F (v frozen) the derivative of Omega in y along p is g_
 
 from __future__ import annotations
 
-from ._base import AbstractAdjoint, Estimate, Target, usable
+from ._base import AbstractAdjoint, Estimate, Target, near, usable
 from ._implicit import ImplicitAdjoint, LinearizedAdjoint
 from ._others import JacobianFreeAdjoint, NeumannAdjoint, OneStepAdjoint, UnrolledAdjoint
 from ._rule import differentiable_estimate, implicit, solve_linear
@@ -31,6 +31,7 @@ __all__ = [
     "hessian_product",
     "implicit",
     "moved_point",
+    "near",
     "parts_at",
     "solve_linear",
     "usable",

@@ -15,6 +15,9 @@ from .. import _trees as trees
 from ..correct import AbstractCorrection
 from ..errors import Status
 
+NEAR = 1e-3
+"""Of an inner problem's `length_scale`: the Newton step with which dF/dy at y can pass for that at the solution."""
+
 UNUSABLE = ("singular", "not_a_minimum", "non_finite", "gauge_dependent", "not_a_gauge",
             "degenerate_active_set")  # fmt: skip
 
@@ -94,3 +97,9 @@ class AbstractAdjoint(eqx.Module):
     @abc.abstractmethod
     def differentiable(self, inner, x, y0, work: Callable, *, throw: bool) -> tuple[PyTree, PyTree]:
         """`work(x, y0) -> (y, facts)` with y differentiable in x and in what the inner problem closes over."""
+
+
+def near(inner, x, y, step: jax.Array, share: float = NEAR) -> jax.Array:
+    """Whether y, from which this Newton step is still to go, is as near to the solution as its `length_scale` asks."""
+    scale = inner.length_scale(x, y)
+    return jnp.asarray(True) if scale is None else jnp.linalg.norm(step) <= share * scale

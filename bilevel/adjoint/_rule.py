@@ -16,7 +16,9 @@ from .. import _trees as trees
 from .._trees import ravel, ravel_like
 from ..errors import Status, meanings
 from ..linear import choose, linear_system
-from ._base import AbstractAdjoint, usable
+from ._base import AbstractAdjoint, near, usable
+
+_LOST = 0.01  # share of an inner problem's `length_scale` to which round-off in F leaves y open
 
 
 def implicit(inner, x, y0, work: Callable, linear_solver: Any, *, throw: bool) -> tuple[PyTree, PyTree]:
@@ -72,10 +74,15 @@ def _solve_at(inner, x, y, b, linear_solver, *, transpose: bool, throw: bool):
     """F_y(x, y)^-1 b by the linear solver asked for, to round-off; NaN (or an error) where there is no solution."""
     x, y = jax.tree.map(lax.stop_gradient, (x, y))
     solver = choose(linear_solver, inner, x, y)
-    _, system = linear_system(inner, x, y)
-    answer = solver.solve(solver.prepare(system), system, system.off_gauge(b), transpose=transpose)
+    residual, system = linear_system(inner, x, y)
+    state = solver.prepare(system)
+    answer = solver.solve(state, system, system.off_gauge(b), transpose=transpose)
     value = system.off_gauge(answer.value)
     status = answer.status.then(inner.status_at(x, y))
+    if inner.length_scale(x, y) is not None:  # `solve` has judged by something else than y
+        step = system.off_gauge(solver.approximate(state, system, system.off_gauge(residual)).value)
+        known = near(inner, x, y, step) & (jnp.finfo(b.dtype).eps * answer.condition <= _LOST)
+        status = Status.where(known | ~usable(status), status, Status("singular"))
     if throw:
         texts = [f"bilevel.solve, derivative: {sentence}." for sentence in meanings()]
         bad = ~(status == Status("converged"))

@@ -138,6 +138,10 @@ class AbstractTransport(bilevel.AbstractMinimization):
         """epsilon: potentials that differ by much less give the same coupling."""
         return self.epsilon * float(np.sqrt(len(self.a) + len(self.b)))
 
+    def length_scale(self, x, y):
+        """epsilon again: what the marginals hardly see may still be far off."""
+        return self.unit_at(x, y)
+
     def check(self, x, y):
         name = type(self).__name__
         check_like(y, self.initial(), name, "y", "the potentials (f, g)")

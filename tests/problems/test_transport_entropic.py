@@ -407,13 +407,26 @@ def test_parts_that_hardly_see_each_other():
     """f_1 - f_2 = x (c_12 - c_21) / 2 for two points on each side, at every epsilon; marginals hardly show it."""
     weights, costs = jnp.full(2, 0.5), jnp.asarray([[0.0, 1.0], [1.4, 0.0]])
     difference = lambda y: y[0][0] - y[0][1]
-    for epsilon in (0.1, 0.07):
-        ot = EntropicOT(jax.tree_util.Partial(lambda costs, x: x * costs, costs), weights, weights, epsilon)
-        at = lambda x, ot=ot: difference(bilevel.solve(ot, x, ot.initial()).y)
-        found, slope = jax.value_and_grad(at)(jnp.asarray(1.0))
-        np.testing.assert_allclose([found, slope], -0.2, rtol=1e-6)
-    for epsilon in (0.05, 0.04):
-        ot = EntropicOT(jax.tree_util.Partial(lambda costs, x: x * costs, costs), weights, weights, epsilon)
-        problem = bilevel.BilevelProblem(ot, lambda x, y: difference(y))
-        known = bilevel.hypergradient(problem, jnp.asarray(1.0), ot.initial(), throw=False)
-        assert not known.converged or abs(float(known.gradient) + 0.2) < 1e-6
+    transport = lambda epsilon: EntropicOT(jax.tree_util.Partial(jnp.multiply, costs), weights, weights, epsilon)
+
+    @jax.jit
+    def at(epsilon):
+        ot = transport(epsilon)
+        measured = bilevel.hypergradient(
+            bilevel.BilevelProblem(ot, lambda x, y: difference(y)), jnp.asarray(1.0), ot.initial(), throw=False
+        )
+        solution = lambda x: bilevel.solve(ot, x, ot.initial(), throw=False)
+        slope = jax.grad(lambda x: difference(solution(x).y))(jnp.asarray(1.0))
+        found = solution(jnp.asarray(1.0))
+        return difference(found.y), slope, found.converged, measured.gradient, measured.converged
+
+    refused = 0
+    for epsilon, rtol in ((0.1, 1e-7), (0.07, 1e-7), (0.05, 1e-5), (0.045, 1e-3), (0.04, 3e-3), (0.035, 0), (0.02, 0)):
+        value, slope, converged, gradient, certified = at(epsilon)
+        assert not certified or abs(float(gradient) + 0.2) < 1e-6
+        if rtol == 0:  # round-off in the marginals hides what the potentials are
+            refused += np.isnan(slope)
+            continue
+        assert converged
+        np.testing.assert_allclose([value, slope], -0.2, rtol=rtol)
+    assert refused == 2
