@@ -287,7 +287,8 @@ class EntropicOT(AbstractTransport):
     y = (f, g), the potentials, determined up to (f + c, g - c): the gauge is declared, and an outer function that sees
     it is refused. `bilevel.solve` judges by the marginals: they, the value and the coupling are right to rtol. Where
     epsilon is so small that parts of the problem hardly see each other, the potentials of one part against another's
-    are not; `bilevel.hypergradient` measures that, and says so.
+    are as right as Newton steps make them; where round-off in the marginals hides them altogether, `solve` still gives
+    the coupling, but a derivative through it is refused, and `bilevel.hypergradient` says the same.
 
     **Raises:** TypeError, ValueError naming the argument: negative weights, unequal masses, NaN, epsilon <= 0, shapes
     that do not fit.
