@@ -197,9 +197,9 @@ def correct(
             state = solver.prepare(system)
             size = jnp.linalg.norm(point)
             if loose:
-                answer = solver.approximate(state, system, system.off_gauge(at), rtol=1e-3)
+                answer = solver.approximate(state, system, at, rtol=1e-3)
             else:
-                answer = solver.solve(state, system, system.off_gauge(at), forcing=(1e-3, size))
+                answer = solver.solve(state, system, at, forcing=(1e-3, size))
             solve = lambda b, a=answer: (a.value, a.status)
             condition = jnp.maximum(condition, answer.condition)
             products = products + prepared + answer.products.astype(jnp.int32)

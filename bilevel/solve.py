@@ -174,7 +174,7 @@ def _locate(inner, x, y, adjoint: AbstractAdjoint, rtol, atol, wanted) -> Attemp
     zero, no = jnp.zeros_like(size), jnp.asarray(False)
 
     def step():
-        found = solver.approximate(solver.prepare(system), system, system.off_gauge(residual))
+        found = solver.approximate(solver.prepare(system), system, residual)
         return jnp.where(usable(found.status), system.off_gauge(found.value), jnp.inf)
 
     left = lax.cond((size <= wanted) & (status.code == 0), step, lambda: jnp.full_like(flat, jnp.inf))
@@ -194,7 +194,7 @@ def _corrected(inner, x, y, adjoint: AbstractAdjoint, rtol, atol) -> Attempt:
     moved = correct(adjoint.correction_used, solver, inner, x, flat, unravel, loose=True)
     y_hat = unravel(moved.flat)
     residual, system = linear_system(inner, x, y_hat)
-    rough = solver.approximate(moved.state, system, system.off_gauge(residual))
+    rough = solver.approximate(moved.state, system, residual)
     step = system.off_gauge(rough.value)
     own = inner.size_of_error(x, y_hat, unravel(residual), unravel(step))
     error, scale = own if own is not None else (jnp.linalg.norm(step), jnp.linalg.norm(moved.flat))

@@ -80,7 +80,7 @@ def _solve_at(inner, x, y, b, linear_solver, *, transpose: bool, throw: bool):
     value = system.off_gauge(answer.value)
     status = answer.status.then(inner.status_at(x, y))
     if inner.length_scale(x, y) is not None:  # `solve` has judged by something else than y
-        step = system.off_gauge(solver.approximate(state, system, system.off_gauge(residual)).value)
+        step = system.off_gauge(solver.approximate(state, system, residual).value)
         known = near(inner, x, y, step) & (jnp.finfo(b.dtype).eps * answer.condition <= _LOST)
         status = Status.where(known | ~usable(status), status, Status("singular"))
     if throw:

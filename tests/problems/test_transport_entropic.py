@@ -269,6 +269,21 @@ def test_a_weight_of_zero_is_a_point_that_is_not_there(kind):
     np.testing.assert_allclose(slopes, one_sided, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.long
+def test_a_weight_below_round_off_is_as_good_as_none():
+    """Round-off of the other weights must not get into a potential whose own weight is smaller still."""
+    costs = C0 + X * C1
+    shares = np.append(np.full(N - 1, 1 / (N - 1)), 1e-17)
+
+    def outer(x, rows):
+        a = shares[:rows] / np.sum(shares[:rows])
+        ot = EntropicOT(jax.tree_util.Partial(jnp.multiply, costs[:rows]), a, np.full(M, 1 / M), EPSILON)
+        return jnp.sum(W[:rows] * ot.coupling(x, solved(ot, x).y))
+
+    with_it, without = (jax.value_and_grad(outer)(jnp.asarray(1.0), rows) for rows in (N, N - 1))
+    np.testing.assert_allclose(with_it, without, rtol=1e-8)
+
+
 def solved(ot, x=jnp.asarray(X), **options):
     return bilevel.solve(ot, x, ot.initial(), **options)
 
