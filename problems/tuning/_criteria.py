@@ -41,6 +41,13 @@ class AbstractRows(eqx.Module):
     def training(self, losses: RowLosses, penalty: Callable[[Array], Array], y: Array) -> Float[Array, ""]:
         """The mean of `losses` over the training rows plus `penalty(w)`; summed over folds."""
 
+    @abc.abstractmethod
+    def hessians(
+        self, losses: RowLosses, penalty: Callable[[Array], Array], y: Array, own: Callable | None = None
+    ) -> Float[Array, "k s s"]:
+        """The Hessian of `training` in the weights of each fold, of which there are s; without folds there is one.
+        `own(X, w, targets, weights)`: that of the weighted sum of the losses, where it is known."""
+
     def everything(self) -> CrossValidation:
         """One fold that trains on all rows of X."""
         n = len(self.targets)
@@ -103,6 +110,11 @@ class HeldOut(AbstractCriterion):
         self.check(y)
         return jnp.mean(losses(self.X, y, self.targets)) + penalty(y)
 
+    def hessians(self, losses, penalty, y, own=None):
+        self.check(y)
+        weights = jnp.full(len(self.X), 1 / len(self.X), self.X.dtype)
+        return _hessian(losses, penalty, own)(self.X, self.targets, y, weights)[None]
+
     def validation(self, losses, y):
         self.check(y)
         return jnp.mean(losses(self.X_val, y, self.targets_val))
@@ -142,22 +154,9 @@ class CrossValidation(AbstractCriterion):
 
         return jnp.mean(self._each(one)(self.X, self.targets, y, self.judge))
 
-    def hessians(
-        self, losses: RowLosses, penalty: Callable[[Array], Array], y: Array, own: Callable | None = None
-    ) -> Float[Array, "k s s"]:
-        """The Hessian of each fold's training loss in its weights, of which there are s. `own(X, w, targets, weights)`:
-        that of the weighted sum of the losses, where it is known."""
-
-        def one(X, targets, w, weight):
-            def objective(flat):
-                w = flat.reshape(self.start.shape)
-                fit = jnp.zeros((), flat.dtype) if own is not None else jnp.vdot(weight, losses(X, w, targets))
-                return fit + penalty(w)
-
-            rest = hessian_matrix(objective, w.reshape(-1))
-            return rest if own is None else own(X, w, targets, weight) + rest
-
-        return self._each(one)(self.X, self.targets, y, self.train)
+    def hessians(self, losses, penalty, y, own=None):
+        self.check(y)
+        return self._each(_hessian(losses, penalty, own))(self.X, self.targets, y, self.train)
 
     def _each(self, one: Callable) -> Callable:
         axes = (0 if self.X.ndim == 3 else None, 0 if self.targets.ndim == 2 else None, 0, 0)
@@ -181,6 +180,26 @@ class Formula(AbstractRows):
     def training(self, losses, penalty, y):
         self.check(y)
         return jnp.sum(losses(self.X, y, self.targets)) / self.divisor + penalty(y)
+
+    def hessians(self, losses, penalty, y, own=None):
+        self.check(y)
+        weights = jnp.full(len(self.X), 1 / self.divisor, self.X.dtype)
+        return _hessian(losses, penalty, own)(self.X, self.targets, y, weights)[None]
+
+
+def _hessian(losses: RowLosses, penalty: Callable[[Array], Array], own: Callable | None) -> Callable:
+    """(X, targets, w, weights) -> the Hessian of the weighted sum of the losses plus the penalty in w, shape (s, s)."""
+
+    def hessian(X, targets, w, weights):
+        def objective(flat):
+            w_there = flat.reshape(w.shape)
+            fit = jnp.zeros((), flat.dtype) if own is not None else jnp.vdot(weights, losses(X, w_there, targets))
+            return fit + penalty(w_there)
+
+        rest = hessian_matrix(objective, w.reshape(-1))
+        return rest if own is None else own(X, w, targets, weights) + rest
+
+    return hessian
 
 
 def leverage(X: Float[Array, "n p"], divisor: int, hessian: Float[Array, "p p"]) -> Float[Array, " n"]:

@@ -11,6 +11,7 @@ import lineax as lx
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
+from bilevel._dense import factor_definite, factor_general
 from bilevel._operators import register_definite
 from bilevel.errors import Status
 from bilevel.linear import AbstractLinearSolver, Direct
@@ -96,9 +97,7 @@ class Foldwise(AbstractLinearSolver):
             columns = jax.vmap(system.mv)(units).reshape(size, self.folds, size)
             blocks = jnp.transpose(columns, (1, 2, 0))
 
-        def factorize(block):
-            return Direct().prepare(system._replace(mv=lambda v: block @ v, rmv=lambda v: v @ block, size=size))
-
+        factorize = factor_definite if system.definite else factor_general
         if system.definite or size > INVERTED:
             return Blocks(lax.map(factorize, blocks))
 

@@ -8,15 +8,17 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 import bilevel
+from bilevel._precision import WORTH
 from bilevel._system import row_curvatures
 from bilevel.linear import DENSE_LIMIT
 from bilevel.solvers.newton import DampedNewton
 
-from ._criteria import AbstractCriterion, AbstractRows, CrossValidation, RowLosses
+from ._criteria import AbstractCriterion, AbstractRows, RowLosses
 from ._foldwise import FoldHessian, Foldwise
 from ._penalties import AbstractPenalties
 
@@ -37,8 +39,13 @@ class OfPredictions:
         curvatures = row_curvatures(total, X @ w.T)
         if w.ndim == 1:
             return (X * curvatures[:, None]).T @ X
-        blocks = jnp.einsum("nab,ni,nj->aibj", curvatures, X, X)
-        return blocks.reshape(w.size, w.size)
+        classes, p = w.shape
+        first, second = np.triu_indices(classes)  # curvatures are symmetric, and so is each block: half of them will do
+        scaled = curvatures[:, first, second].T[:, None, :] * X.T
+        pairs = (scaled.reshape(-1, len(X)) @ X).reshape(-1, p, p)
+        number = np.zeros((classes, classes), int)
+        number[first, second] = number[second, first] = np.arange(len(first))
+        return jnp.transpose(pairs[number], (0, 2, 1, 3)).reshape(w.size, w.size)
 
 
 class Training(bilevel.AbstractMinimization):
@@ -64,7 +71,11 @@ class Training(bilevel.AbstractMinimization):
 
     @property
     def _foldwise(self) -> bool:
-        return isinstance(self.criterion, CrossValidation) and self.criterion.start.size <= DENSE_LIMIT
+        """Whether Hessians are formed, fold by fold. Without folds they are where there is more than one class, whose
+        curvatures make them cheap; else the engine's own choice is as good, and knows large data."""
+        known = isinstance(self.losses, OfPredictions) and self.criterion.start.ndim == 2
+        small = self.criterion.X.size < WORTH
+        return self.criterion.start.size <= DENSE_LIMIT and (self.criterion.folds is not None or (known and small))
 
     def operator_at(self, x, y):
         return FoldHessian(self, x, y) if self._foldwise else None
@@ -72,14 +83,12 @@ class Training(bilevel.AbstractMinimization):
     def hessians(self, x: Array, y: Array) -> Float[Array, "k s s"]:
         """The Hessian of each fold in its weights. One fold after another it is a few products of matrices; as columns
         of all folds at once, which is what products with dF/dy give, it takes several times as long."""
-        criterion = self.criterion
-        assert isinstance(criterion, CrossValidation)
         own = self.losses.hessian if isinstance(self.losses, OfPredictions) else None
-        return criterion.hessians(at(x, self.losses), lambda w: self.penalties.ridge(x, w), y, own)
+        return self.criterion.hessians(at(x, self.losses), lambda w: self.penalties.ridge(x, w), y, own)
 
     @property
     def linear_solver(self):
-        return Foldwise(self.criterion.folds) if self._foldwise and self.criterion.folds else None
+        return Foldwise(self.criterion.folds or 1) if self._foldwise else None
 
     @property
     def default_solver(self):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from ._criteria import AbstractCriterion, criterion
 from ._labels import check_folds, class_labels, class_numbers, named
-from ._linear import AbstractJudgedTuning
+from ._linear import AbstractJudgedTuning, OfPredictions
 from ._penalties import Penalties
 
 
@@ -60,9 +60,9 @@ class MultinomialTuning(AbstractJudgedTuning):
         self.penalties = Penalties(owner, penalties, groups, p, classes=len(classes))
         check_folds(owner, self.criterion)
 
-    @staticmethod
-    def losses(x, X, w, targets):
-        return cross_entropy(X @ w.T, targets)
+    @property
+    def losses(self):
+        return OfPredictions(cross_entropy)
 
     def predict_proba(self, y: ArrayLike, X: Any) -> Float[Array, "m c"]:
         """The probabilities of the classes, shape (m, c), for X of shape (m, p) and weights of shape (c, p), such as

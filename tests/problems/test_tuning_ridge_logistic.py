@@ -16,7 +16,7 @@ from sklearn.model_selection import KFold, StratifiedKFold
 import bilevel
 import problems
 from bilevel.linear import linear_system
-from problems.tuning import LogisticTuning, RidgeTuning
+from problems.tuning import LogisticTuning, MultinomialTuning, RidgeTuning
 from problems.tuning._criteria import CrossValidation
 from problems.tuning._foldwise import Foldwise
 
@@ -258,6 +258,21 @@ def test_folds_are_solved_block_by_block():
     twins = np.column_stack([X[:, :3], X[:, 0]])
     flat = LogisticTuning(twins, LABELS, cv=3)
     assert solve(flat.inner, jnp.full(P, -jnp.inf), y)[1].status.word == "singular"
+
+
+def test_without_folds_a_hessian_is_formed_where_classes_make_it_cheap():
+    three = np.digitize(B, np.quantile(B, [0.33, 0.66]))
+    model = MultinomialTuning(X, three, X[:5], three[:5], penalties="per-feature")
+    x, y = jnp.asarray(PENALTIES), jnp.asarray(RNG.normal(size=(3, P)))
+    assert model.inner.linear_solver == Foldwise(1)
+    hessian, expected = eqx.filter_jit(
+        lambda inner: (inner.operator_at(x, y).as_matrix(), jax.hessian(lambda w: inner.objective(x, w))(y))
+    )(model.inner)
+    np.testing.assert_allclose(hessian, expected.reshape(3 * P, 3 * P), rtol=1e-9, atol=1e-12)
+    many = jax.ShapeDtypeStruct((2**20, P), float)  # data that stream from memory, and one class: the engine's choice
+    for other in (eqx.tree_at(lambda m: m.criterion.X, model, many), LogisticTuning(X, LABELS, X[:5], LABELS[:5])):
+        assert other.inner.linear_solver is None
+        assert other.inner.operator_at(x, y) is None
 
 
 # ------------------------------------------------------------------------------------------------ bad input
