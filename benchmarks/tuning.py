@@ -66,7 +66,7 @@ def ours(case: Case) -> list[Line]:
         begin = time.perf_counter()
         note = lambda state, seen=seen, begin=begin: seen.append((time.perf_counter() - begin, state.value))
         found = bilevel.minimize(
-            case.problem, x0, y0, bounds=case.bounds, tol=1e-7, max_steps=case.steps, callback=note,
+            case.problem, x0, y0, method=case.method, bounds=case.bounds, tol=1e-7, max_steps=case.steps, callback=note,
             max_inner_steps=MOST,
         )  # fmt: skip
         seconds = time.perf_counter() - begin

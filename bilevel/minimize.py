@@ -17,6 +17,7 @@ from . import _trees as trees
 from ._entry import prepare_problem
 from ._oracle import Evaluation, Oracle
 from ._trees import ravel, ravel_like
+from ._trust_region import trust_region
 from .adjoint import AbstractAdjoint, ImplicitAdjoint
 from .efficiency import hessian_vector_product
 from .hypergradient import hypergradient
@@ -25,7 +26,7 @@ from .prox import AbstractProx
 
 __all__ = ["Result", "State", "minimize"]
 
-_WORDS = ("l-bfgs-b", "newton-cg", "proximal-gradient")
+_WORDS = ("l-bfgs-b", "trust-region", "newton-cg", "proximal-gradient")
 
 
 class State(eqx.Module):
@@ -103,16 +104,18 @@ def minimize(
 ) -> Result:
     """Minimizes h(x) = G(x, y*(x)), plus a proximable penalty where there is one.
 
-    **Arguments:** `problem`; `x0`, `y0`: trees of floating arrays. `method`: "l-bfgs-b" (SciPy's), "newton-cg"
-    (truncated Newton in a trust region, with `hessian_vector_product`; no bounds) or an optax optimizer; with a prox
-    it is proximal gradient. `bounds`: (lower, upper), each like x or a number; not with a prox. `prox`: `prox(x, t)`
-    of t times a penalty, like x, or one of `bilevel.prox` (default: the problem's own). `tol`: converged means that
-    the largest entry of the projected gradient is at most tol · max(1, the first one's). `max_steps`: outer steps.
-    `rtol`: accuracy of each hypergradient; None: what the outer step needs. `ftol` ("l-bfgs-b"): end where eight
-    evaluations in a row lowered the value by less than this, relatively; where h has kinks its gradient need not
-    vanish, and line searches close in on kinks in ever smaller steps. `callback(state)`: called after each step.
-    `progress`: a bar with value, gradient norm, hypergradient error and time left. `checkpoint`: a file; the same call
-    made again goes on from there. `solver`, `adjoint`, `max_inner_steps`: as for `hypergradient`.
+    **Arguments:** `problem`; `x0`, `y0`: trees of floating arrays. `method`: "l-bfgs-b" (SciPy's), "trust-region" (BFGS
+    in a box that each entry of x moves in: often fewer hypergradients where x has tens or hundreds of entries, or h is
+    not convex; not for an h with kinks), "newton-cg" (truncated Newton in a trust region, with
+    `hessian_vector_product`; no bounds) or an optax optimizer; with a prox it is proximal gradient. `bounds`: (lower,
+    upper), each like x or a number; not with a prox. `prox`: `prox(x, t)` of t times a penalty, like x, or one of
+    `bilevel.prox` (default: the problem's own). `tol`: converged means that the largest entry of the projected gradient
+    is at most tol · max(1, the first one's). `max_steps`: outer steps. `rtol`: accuracy of each hypergradient; None:
+    what the outer step needs. `ftol` ("l-bfgs-b"): end where eight evaluations in a row lowered the value by less than
+    this, relatively; where h has kinks its gradient need not vanish, and line searches close in on kinks in ever
+    smaller steps. `callback(state)`: called after each step. `progress`: a bar with value, gradient norm, hypergradient
+    error and time left. `checkpoint`: a file; the same call made again goes on from there. `solver`, `adjoint`,
+    `max_inner_steps`: as for `hypergradient`.
 
     **Returns:** a `Result`; reaching `max_steps` or round-off gives `converged=False` and a message.
 
@@ -164,6 +167,8 @@ def minimize(
                 return np.asarray(ravel_like(hessian_vector_product(problem, at, y, along), oracle.dtype), np.float64)
 
             said = outer.newton_cg(oracle, setting, loop.on_step, product)
+        elif method == "trust-region":
+            said = trust_region(oracle, setting, loop.on_step)
         elif isinstance(method, str):
             said = outer.lbfgsb(oracle, setting, loop.on_step)
         else:
@@ -240,7 +245,8 @@ class _Loop:
             )
         else:
             at_floor = last.at_floor or last.error > 0.1 * size
-            cause = "ftol" if said.endswith("ftol") else "the round-off floor" if at_floor else "the line search"
+            search = "the trust region" if said.startswith("the trust region") else "the line search"
+            cause = "ftol" if said.endswith("ftol") else "the round-off floor" if at_floor else search
             message = (
                 f"{cause} ended it with a projected gradient of {size:.2e} (wanted {bound:.2e}) and a hypergradient "
                 f"error of {last.error:.1e}: {said.strip().rstrip('.')}"

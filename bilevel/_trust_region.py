@@ -1,0 +1,108 @@
+"""BFGS in a box-shaped trust region: few evaluations where h is curved differently in many directions, or not convex.
+
+A line search shortens all entries of a step together, and L-BFGS takes directions that it has not seen for as curved
+as the last one it has. Here each entry moves by up to the radius on its own, and directions not seen yet have the
+curvature of the first step. Matrices are dense: for up to some hundred entries of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+from ._oracle import Evaluation, Oracle
+from ._outer import Setting
+
+_ACCEPTED, _POOR, _GOOD = 1e-4, 0.1, 0.7  # decrease against the model's: of steps taken, and of radii changed
+
+
+def trust_region(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation], bool]) -> str:
+    """Damped BFGS (Powell 1978), each step the minimum of the model in the box of bounds and radius (Conn, Gould,
+    Toint 1988); refused points count as well, for the matrix. `on_step` is told each accepted point and says whether to
+    go on. Returns its last word."""
+    found = oracle(setting.project(oracle.x0))
+    if not on_step(found):
+        return "at the start"
+    eps = float(jnp.finfo(oracle.dtype).eps)
+    identity = np.eye(found.x.size)
+    matrix = identity * max(float(np.linalg.norm(found.gradient)), np.finfo(float).tiny)  # a first step of length one
+    radius, fresh = 1.0, True
+    for _ in range(20 * setting.max_steps):
+        lower, upper = (np.clip(side - found.x, -radius, radius) for side in (setting.lower, setting.upper))
+        new = oracle(found.x + box_minimum(found.gradient, matrix, lower, upper))
+        move = new.x - found.x
+        size = float(np.max(np.abs(move), initial=0.0))
+        fall = -float(found.gradient @ move + 0.5 * move @ matrix @ move)
+        if size <= eps * max(1.0, float(np.max(np.abs(found.x)))) or not fall > 0:
+            return "the trust region shrank to nothing"
+        turn = new.gradient - found.gradient
+        if fresh and move @ turn > 0:
+            matrix, fresh = identity * float(move @ turn / (move @ move)), False
+        matrix = damped_bfgs(matrix, move, turn)
+        ratio = (found.value - new.value) / fall
+        if fall <= 10 * eps * abs(found.value):  # round-off of values, in which gradients still tell
+            ratio = 1.0 if setting.optimality(new) <= 0.9 * setting.optimality(found) else 0.0
+        if not ratio >= _POOR:
+            radius = size / (2 if ratio > 0 else 4)
+        elif ratio > _GOOD and size > 0.8 * radius:
+            radius *= 2
+        if ratio > _ACCEPTED:
+            found = new
+            if not on_step(found):
+                return "stopped"
+    return "the trust region took its most evaluations"
+
+
+def damped_bfgs(matrix: np.ndarray, move: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    """The BFGS update of a positive definite matrix by a gradient that turned by `turn` along `move`; where h is not
+    convex there, `turn` is mixed with what the matrix says, so that it stays positive definite (Powell 1978)."""
+    there = matrix @ move
+    bend, known = float(move @ turn), float(move @ there)
+    share = 1.0 if bend >= 0.2 * known else 0.8 * known / (known - bend)
+    mixed = share * turn + (1 - share) * there
+    return matrix - np.outer(there, there) / known + np.outer(mixed, mixed) / float(move @ mixed)
+
+
+def box_minimum(gradient: np.ndarray, matrix: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+    """The minimum of g'p + p'Bp/2 over lower <= p <= upper, B positive definite and the box around zero: projected
+    gradient steps, which choose a face, and conjugate gradients inside it (Moré and Toraldo 1991)."""
+    p = np.zeros_like(gradient)
+    slope = gradient.copy()
+    small = 1e-9 * float(np.linalg.norm(gradient))
+    for _ in range(50):
+        down = np.where(((p <= lower) & (slope > 0)) | ((p >= upper) & (slope < 0)), 0.0, -slope)
+        if np.linalg.norm(down) <= small:
+            break
+        t = float(down @ down / (down @ matrix @ down))
+        for _ in range(60):
+            trial = np.clip(p + t * down, lower, upper)
+            step = trial - p
+            if slope @ step + 0.5 * step @ matrix @ step <= 1e-2 * (slope @ step):
+                break
+            t /= 2
+        p = np.clip(trial + _in_face(slope + matrix @ step, matrix, lower - trial, upper - trial), lower, upper)
+        slope = gradient + matrix @ p
+    return p
+
+
+def _in_face(slope: np.ndarray, matrix: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+    """Conjugate gradients on the entries inside the box, until converged or at its boundary."""
+    free = (lower < 0) & (upper > 0)
+    rest = np.where(free, -slope, 0.0)
+    way, total, length = rest, np.zeros_like(rest), float(rest @ rest)
+    enough = 1e-20 * length
+    for _ in range(2 * len(rest)):
+        if length <= enough:
+            break
+        along = np.where(free, matrix @ way, 0.0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            room = np.where(way > 0, (upper - total) / way, np.where(way < 0, (lower - total) / way, np.inf))
+        t, most = length / float(way @ along), float(np.min(room))
+        if t >= most:
+            return total + most * way
+        total, rest = total + t * way, rest - t * along
+        length, last = float(rest @ rest), length
+        way = rest + length / last * way
+    return total
