@@ -31,14 +31,23 @@ _quick: contextvars.ContextVar[bool] = contextvars.ContextVar("quick", default=F
 @contextlib.contextmanager
 def quickly(yes: bool = True):
     """Outer loops inside compile their programs with little optimization, a setting of the thread, as contexts are, and
-    factorize their small matrices with one thread of BLAS: several wait for each other longer than they compute."""
+    use one thread of BLAS."""
     token = _quick.set(yes)
-    blas = _blas() if yes else None
     try:
-        with contextlib.nullcontext() if blas is None else blas.limit(limits=1, user_api="blas"):
+        with one_thread(yes):
             yield
     finally:
         _quick.reset(token)
+
+
+@contextlib.contextmanager
+def one_thread(yes: bool = True):
+    """BLAS inside has one thread, for factorizations that are small beside making the matrix: several wait for each
+    other, and where another process holds a core fifty times as long as they compute (measured: 300 and 6 ms for the
+    Cholesky factor of 640 unknowns). What is computed inside must be ready before the end."""
+    blas = _blas() if yes else None
+    with contextlib.nullcontext() if blas is None else blas.limit(limits=1, user_api="blas"):
+        yield
 
 
 @functools.cache
@@ -46,6 +55,7 @@ def _blas() -> Any:
     """What sets the number of threads, where it is installed (scikit-learn brings it)."""
     if importlib.util.find_spec("threadpoolctl") is None:
         return None
+    import scipy.linalg  # noqa: F401  (loads the BLAS that XLA calls: only what is loaded is found)
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController()

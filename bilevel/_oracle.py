@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from ._compiling import asked_quickly, compiled, quickly
+from ._compiling import asked_quickly, compiled, one_thread, quickly
 from ._entry import explain
 from ._precision import kept_copies
 from ._trees import ravel, ravel_like
 from .errors import NotConverged
 from .hypergradient import search
+from .linear import DENSE_LIMIT
 
 _FIRST = 1e-3  # relative accuracy of the first hypergradient, before anything is known
 _SHARE = 1e-2  # afterwards: error against the projected gradient, which is all that an outer step sees
@@ -111,8 +113,11 @@ class Oracle:
         settings = (self.solver, self.adjoint, self.max_inner_steps, guess, copies)
 
         def evaluate(tree):
-            with quickly(asked_quickly() or self.problem.inner.compiles_quickly):
-                return _evaluate(self.problem, tree, y, goals, *settings)
+            with (
+                quickly(asked_quickly() or self.problem.inner.compiles_quickly),
+                one_thread(self.y.size <= DENSE_LIMIT),
+            ):
+                return jax.block_until_ready(_evaluate(self.problem, tree, y, goals, *settings))
 
         result, extras = evaluate(tree)
         # A line search that closes in on a kink of h ends up on it, where h has a value but no gradient. Beside it

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import bilevel
-from bilevel import BilevelProblem, Minimization, _compiling, solvers
+from bilevel import BilevelProblem, Minimization, _compiling, _oracle, solvers
 from bilevel._compiling import compiled, options, quickly
 
 
@@ -41,6 +41,24 @@ def test_quickly_is_a_setting_of_the_thread_and_ends_with_its_block(asked):
     double(jnp.ones(3))
     assert asked == [None, options("cpu")]  # one program of each kind, whatever is called how often
     assert options("cpu") is not None, "this XLA no longer knows the options"
+
+
+def test_outer_loops_factorize_small_matrices_with_one_thread(monkeypatch):
+    info = pytest.importorskip("threadpoolctl").threadpool_info
+    threads = lambda: [pool["num_threads"] for pool in info() if pool["user_api"] == "blas"]
+    before, during = threads(), []
+    plain = _oracle._evaluate
+
+    def spy(*arguments):
+        during.append(threads())
+        return plain(*arguments)
+
+    monkeypatch.setattr(_oracle, "_evaluate", spy)
+    inner = Minimization(lambda x, y: jnp.sum((y - x) ** 2) + jnp.sum(y**4))
+    bilevel.minimize(BilevelProblem(inner, lambda x, y: jnp.sum((y - 1) ** 2)), jnp.zeros(2), jnp.zeros(2), max_steps=1)
+    assert during[0]  # the one that XLA calls is loaded by then
+    assert all(number == 1 for found in during for number in found)
+    assert threads()[: len(before)] == before
 
 
 def test_options_that_xla_does_not_know_are_left_out(asked, monkeypatch):
