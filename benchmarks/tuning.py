@@ -6,7 +6,7 @@ evaluation). Ours is timed twice: `first` with compilation, `again` without, as 
 shape. Optuna (TPE) gets `--seconds`, and at least twenty times what ours took, but no more than `--limit`. The loops
 with jaxopt and optimistix are the same outer L-BFGS-B on their implicit hypergradients, warm-started, with inner and
 adjoint tolerances of 1e-6; they are run where the inner problem is smooth, and stop at the limit. All but ours are
-compiled before they are timed.
+compiled before they are timed, and all have one thread of BLAS.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 import scipy.optimize
 
 import bilevel
+from bilevel._compiling import one_thread
 
 from . import _peers, one_of
 from ._tuning_cases import CASES, Case
@@ -171,15 +172,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="of Optuna")
     arguments = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
-    for name in arguments.cases or CASES:
-        case = CASES[name]()
-        x0 = case.problem.initial()[0]
-        lines = [*ours(case), grid(case), *(loop(case, package, arguments.limit) for package in _peers.PEERS)]
-        lines = [line for line in lines if line is not None]
-        if _peers.installed("optuna"):
-            seconds = min(arguments.limit, max(arguments.seconds, 20 * lines[1].seconds))
-            lines += [optuna_search(case, seconds, seed) for seed in range(arguments.seeds)]
-        show(name, case, x0.size, lines)
+    with one_thread():
+        for name in arguments.cases or CASES:
+            compare(name, arguments)
+
+
+def compare(name: str, arguments: argparse.Namespace) -> None:
+    """Runs every method on a case, and prints."""
+    case = CASES[name]()
+    x0 = case.problem.initial()[0]
+    lines = [*ours(case), grid(case), *(loop(case, package, arguments.limit) for package in _peers.PEERS)]
+    lines = [line for line in lines if line is not None]
+    if _peers.installed("optuna"):
+        seconds = min(arguments.limit, max(arguments.seconds, 20 * lines[1].seconds))
+        lines += [optuna_search(case, seconds, seed) for seed in range(arguments.seeds)]
+    show(name, case, x0.size, lines)
 
 
 def show(name: str, case: Case, size: int, lines: list[Line]) -> None:
