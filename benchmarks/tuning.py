@@ -6,7 +6,8 @@ evaluation). Ours is timed twice: `first` with compilation, `again` without, as 
 shape. Optuna (TPE) gets `--seconds`, and at least twenty times what ours took, but no more than `--limit`. The loops
 with jaxopt and optimistix are the same outer L-BFGS-B on their implicit hypergradients, warm-started, with inner and
 adjoint tolerances of 1e-6; they are run where the inner problem is smooth, and stop at the limit. All but ours are
-compiled before they are timed, and all have one thread of BLAS.
+compiled before they are timed, and all have one thread of BLAS. Ours uses `method="trust-region"` where the case says so
+(multinomial), else the default.
 """
 
 from __future__ import annotations
@@ -201,6 +202,12 @@ def show(name: str, case: Case, size: int, lines: list[Line]) -> None:
             f"{f'{until:.2f}' if np.isfinite(until) else 'no':>9s}{line.fits:7d}",
             flush=True,
         )
+    mine = lines[1]
+    for line in lines[2:]:  # where there are several minima, the best of all methods is luck
+        if line.method.endswith("loop"):
+            own, theirs = (one.until(line.validation * (1 + 1e-4)) for one in (mine, line))
+            own = f"{own:.2f} s" if np.isfinite(own) else "never"
+            print(f"  to within 1e-4 of where the {line.method} ends: it {theirs:.2f} s, ours, again {own}")
 
 
 if __name__ == "__main__":
