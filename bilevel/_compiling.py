@@ -43,8 +43,8 @@ def quickly(yes: bool = True):
 @contextlib.contextmanager
 def one_thread(yes: bool = True):
     """BLAS inside has one thread, for factorizations that are small beside making the matrix: several wait for each
-    other, and where another process holds a core fifty times as long as they compute (measured: 300 and 6 ms for the
-    Cholesky factor of 640 unknowns). What is computed inside must be ready before the end."""
+    other, and where another process holds a core much longer than they compute. What is computed inside must be ready
+    before the end."""
     blas = _blas() if yes else None
     with contextlib.nullcontext() if blas is None else blas.limit(limits=1, user_api="blas"):
         yield
@@ -68,14 +68,15 @@ def asked_quickly() -> bool:
 
 @functools.cache
 def options(backend: str) -> dict[str, Any] | None:
-    """The options under which this backend compiles quickly; None where it has none, or does not know these."""
+    """The options under which this backend compiles quickly, those of them that this XLA knows; None: none."""
     if backend != "cpu":
         return None
-    try:
-        jax.jit(lambda: 0).lower().compile(compiler_options=_OPTIONS)
-    except Exception:  # whatever a later XLA raises for an option that is gone
-        return None
-    return _OPTIONS
+    known = {}
+    for name, value in _OPTIONS.items():
+        with contextlib.suppress(Exception):  # whatever a later XLA raises for an option that is gone
+            jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
+            known[name] = value
+    return known or None
 
 
 def compiled(function: Callable) -> Callable:

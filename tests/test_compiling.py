@@ -62,9 +62,13 @@ def test_outer_loops_factorize_small_matrices_with_one_thread(monkeypatch):
 
 
 def test_options_that_xla_does_not_know_are_left_out(asked, monkeypatch):
-    monkeypatch.setattr(_compiling, "_OPTIONS", {"xla_no_such_option": True})
+    known = {"xla_backend_optimization_level": 0}
+    monkeypatch.setattr(_compiling, "_OPTIONS", {"xla_no_such_option": True, **known})
     options.cache_clear()
     try:
+        assert options("cpu") == known
+        monkeypatch.setattr(_compiling, "_OPTIONS", {"xla_no_such_option": True})
+        options.cache_clear()
         assert options("cpu") is None
         assert options("gpu") is None
         with quickly():
