@@ -94,6 +94,18 @@ def test_negative_curvature_is_no_minimum():
     assert str(solve(-spd([1.0, 2.0]), jnp.ones(2)).status) == "not_a_minimum"
 
 
+def test_many_unknowns_in_float32_are_not_singular_for_their_number():
+    """n eps is 0.03 here, so that a condition number of 300 was called singular; a null direction still is."""
+    n = 2**18
+    b = jax.random.normal(jax.random.PRNGKey(0), (n,), jnp.float32)
+    run = jax.jit(lambda d: conjugate_gradient(lambda v: d * v, b, rtol=1e-4, max_steps=200))
+    d = jnp.linspace(1, 300, n, dtype=jnp.float32)
+    out = run(d)
+    assert str(out.status) == "converged", out.status
+    np.testing.assert_allclose(d * out.value, b, atol=1e-2)
+    assert str(run(jnp.where(jnp.arange(n) < n // 8, 0, d)).status) == "singular"
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_singular_matrix_that_the_right_hand_side_excites(seed):
     b = jnp.asarray(np.random.default_rng(seed).normal(size=6))
