@@ -70,7 +70,7 @@ class DenoisingTuning(bilevel.AbstractBilevelProblem):
 
     **Arguments:** `noisy`, `clean`: shape (images, height, width), or (height, width) for one. `filters`: their
     number, at most size^2 - 1 of them start different (as the cosines themselves); `size`: of each, at least 2;
-    `delta`: what rounds the kink, in units of the pixels.
+    `delta`: what rounds the kink, in units of the pixels; learning makes filters larger where it should be smaller.
 
     y has the shape of the images, (images, height, width).
 
@@ -84,7 +84,7 @@ class DenoisingTuning(bilevel.AbstractBilevelProblem):
     delta: Float[Array, ""]
     filters: int = eqx.field(static=True)
 
-    def __init__(self, noisy: Any, clean: Any, *, filters: int | None = None, size: int = 5, delta: float = 1e-2):
+    def __init__(self, noisy: Any, clean: Any, *, filters: int | None = None, size: int = 5, delta: float = 5e-3):
         owner = "DenoisingTuning"
         if not (isinstance(size, int) and size >= 2):
             raise ValueError(f"{owner}: `size` must be an integer of at least 2, found {size!r}.")
