@@ -62,7 +62,7 @@ def photographs() -> tuple[list[np.ndarray], np.ndarray]:
     from sklearn.datasets import load_sample_image
 
     both = [load_sample_image(f"{name}.jpg").mean(2) / 255 for name in ("china", "flower")]
-    return both, imread(get_sample_data("grace_hopper.jpg")).mean(2) / 255
+    return both, imread(str(get_sample_data("grace_hopper.jpg", asfileobj=False))).mean(2) / 255
 
 
 def training(images: list[np.ndarray], count: int, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -72,7 +72,7 @@ def training(images: list[np.ndarray], count: int, size: int, rng: np.random.Gen
         for scale in (1, 2, 3):
             half = image[:, : image.shape[1] // 2][::scale, ::scale]
             for i, j in rng.integers(0, np.array(half.shape) - size + 1, (count, 2)):
-                patch = np.rot90(half[i : i + size, j : j + size], rng.integers(4))
+                patch = np.rot90(half[i : i + size, j : j + size], int(rng.integers(4)))
                 found.append(patch[::-1] if rng.integers(2) else patch)
     return np.array(found)
 
