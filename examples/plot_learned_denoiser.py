@@ -29,7 +29,7 @@ from problems.tuning import DenoisingTuning
 NOISE, PATCHES, STEPS = 0.1, 3, 25
 rng = np.random.default_rng(0)
 building, flower = (load_sample_image(f"{name}.jpg").mean(2) / 255 for name in ("china", "flower"))
-portrait = plt.imread(get_sample_data("grace_hopper.jpg")).mean(2) / 255
+portrait = plt.imread(str(get_sample_data("grace_hopper.jpg", asfileobj=False))).mean(2) / 255
 
 
 def noisy(image):
@@ -46,7 +46,7 @@ def patches(image, count, size=36):
     for scale in (1, 2, 3):
         half = image[:, : image.shape[1] // 2][::scale, ::scale]
         for i, j in rng.integers(0, np.array(half.shape) - size + 1, (count, 2)):
-            found.append(np.rot90(half[i : i + size, j : j + size], rng.integers(4)))
+            found.append(np.rot90(half[i : i + size, j : j + size], int(rng.integers(4))))
     return np.array(found)
 
 
