@@ -1,11 +1,11 @@
-"""A learned denoiser against total variation: `python -m benchmarks.denoiser [--steps 40] [--noise 0.1]`.
+"""A learned denoiser against total variation: `python -m benchmarks.denoiser [--steps 40] [--every 2]`.
 
 600 hyperparameters (`DenoisingTuning`), trained in float32 on patches from the left halves of two photographs that
-scikit-learn ships, at three scales, turned and mirrored at random. The tests are the right halves and a photograph of
-another kind, matplotlib's portrait, all of them at half their size. Total variation is taken in its two forms, with a
-strength from a grid. Two comparisons, each like with like: the strength is chosen on the training patches, or it is the
-best for the test picture, which nobody knows; what is learned then gets one factor for all its weights from a grid too.
-PSNR in dB.
+scikit-learn ships, at several scales, turned and mirrored at random. The tests are the right halves and a photograph of
+another kind, matplotlib's portrait, all of them at half their size or (`--every 1`) as they are. Total variation is
+taken in its two forms, with a strength from a grid. Two comparisons, each like with like: the strength is chosen on the
+training patches, or it is the best for the test picture, which nobody knows; what is learned then gets one factor for
+all its weights from a grid too. PSNR in dB.
 """
 
 from __future__ import annotations
@@ -65,11 +65,13 @@ def photographs() -> tuple[list[np.ndarray], np.ndarray]:
     return both, imread(str(get_sample_data("grace_hopper.jpg", asfileobj=False))).mean(2) / 255
 
 
-def training(images: list[np.ndarray], count: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` patches of each left half at each scale (every pixel, every second, every third)."""
+def training(
+    images: list[np.ndarray], scales: list[int], count: int, size: int, rng: np.random.Generator
+) -> np.ndarray:
+    """`count` patches of each left half at each scale (1: every pixel, 2: every second, …)."""
     found = []
     for image in images:
-        for scale in (1, 2, 3):
+        for scale in scales:
             half = image[:, : image.shape[1] // 2][::scale, ::scale]
             for i, j in rng.integers(0, np.array(half.shape) - size + 1, (count, 2)):
                 patch = np.rot90(half[i : i + size, j : j + size], int(rng.integers(4)))
@@ -101,15 +103,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--patches", type=int, default=6, help="of each photograph at each scale")
     parser.add_argument("--size", type=int, default=36)
+    parser.add_argument("--scales", type=int, nargs="+", default=[1, 2, 3], help="of the patches: every k-th pixel")
     parser.add_argument("--noise", type=float, default=0.1)
+    parser.add_argument("--every", type=int, default=2, help="pixel of the test pictures; 1: at their full size")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
     images, portrait = photographs()
-    halves = [image[::2, ::2][:213] for image in images]
+    every = options.every
+    halves = [image[::every, ::every][: 426 // every] for image in images]
     clean = {
         "held-out halves": np.array([half[:, half.shape[1] // 2 :] for half in halves]),
-        "portrait": portrait[None, ::2, ::2],
-        "training": training(images, options.patches, options.size, rng),
+        "portrait": portrait[None, ::every, ::every],
+        "training": training(images, options.scales, options.patches, options.size, rng),
     }
     noisy = {name: (a + options.noise * rng.normal(size=a.shape)).astype(np.float32) for name, a in clean.items()}
     problem = DenoisingTuning(noisy["training"], clean["training"])
