@@ -230,7 +230,7 @@ def search(
                 found,
                 found.evaluations,
                 found.products,
-                jnp.asarray(True),
+                ~(found.usable & (found.error <= 3 * found.floor)),  # steps do not lower round-off
             )
 
         data = (problem.inner, problem.outer) if worth_lowering(problem.inner, x, y0) else ()

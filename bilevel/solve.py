@@ -212,7 +212,8 @@ def _corrected(inner, x, y, adjoint: AbstractAdjoint, rtol, atol) -> Attempt:
     located = _Located(moved.flat, moved.after, error, floor, status, accepted)
     again = jnp.asarray(newton) & contracted
     evaluations, products = moved.evaluations + 1, moved.products + rough.products.astype(jnp.int32)
-    return Attempt(moved.flat, moved.after, reached, again, factor, located, evaluations, products, ~accepted)
+    worth = ~(accepted | (fine & (error <= 10 * floor)))  # steps do not lower round-off
+    return Attempt(moved.flat, moved.after, reached, again, factor, located, evaluations, products, worth)
 
 
 def solve(
