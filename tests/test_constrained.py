@@ -132,6 +132,7 @@ def test_a_ball_as_the_constraint():
     np.testing.assert_allclose(found.gradient, (h(x + 1e-5) - h(x - 1e-5)) / 2e-5, rtol=1e-7)
 
 
+@pytest.mark.long
 def test_curved_constraints():
     x, bend = 0.4, 0.3
     limits = IN_0 + 1.0
