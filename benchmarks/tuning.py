@@ -6,8 +6,8 @@ evaluation). Ours is timed twice: `first` with compilation, `again` without, as 
 shape. Optuna (TPE) gets `--seconds`, and at least twenty times what ours took, but no more than `--limit`. The loops
 with jaxopt and optimistix are the same outer L-BFGS-B on their implicit hypergradients, warm-started, with inner and
 adjoint tolerances of 1e-6; they are run where the inner problem is smooth, and stop at the limit. All but ours are
-compiled before they are timed, and all have one thread of BLAS. On the multinomial
-case ours uses `method="trust-region"`, else the default.
+compiled before they are timed, and all have one thread of BLAS. On the multinomial model and the denoiser ours uses
+`method="trust-region"`, else the default.
 """
 
 from __future__ import annotations
