@@ -84,8 +84,8 @@ def check_tolerance(function: str, rtol: Any, atol: Any, max_steps: Any = 0) -> 
             raise ValueError(f"bilevel.{function}: {name} must be {bound}, found {number}.")
 
 
-def finish(function: str, result: PyTree, converged, status: Status, throw: bool, inner, x, y0):
-    """The result, or the exception that says what was reached and what to try."""
+def finish(function: str, result: PyTree, converged, status: Status, throw: bool, problem, x, y0):
+    """The result, or the exception that says what was reached and what to try; `problem`: an inner or a bilevel one."""
     if not throw:
         return result
     if trees.is_traced(converged):
@@ -98,14 +98,15 @@ def finish(function: str, result: PyTree, converged, status: Status, throw: bool
     # differentiated outside jit, results are concrete and arguments are not: look through the derivative
     still = lambda tree: jax.tree.map(lambda a: jax.numpy.asarray(lax.stop_gradient(a)) if eqx.is_array(a) else a, tree)
     try:
-        text = explain(function, *still((result, status, inner, x, y0)))
+        text = explain(function, *still((result, status, problem, x, y0)))
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):  # a closure over a tracer
         text = f"bilevel.{function}: {still(status).meaning}."
     raise NotConverged(text, result)
 
 
-def explain(function: str, result: Any, status: Status, inner, x, y0) -> str:
+def explain(function: str, result: Any, status: Status, problem, x, y0) -> str:
     """One paragraph: what happened, the numbers, the leaf at fault where there is one, what to do."""
+    inner = problem.inner if isinstance(problem, AbstractBilevelProblem) else problem
     text = f"bilevel.{function}: {status.meaning}."
     own = None if trees.is_traced((inner, x, y0)) else inner.trouble_at(x, y0)
     if own is not None:
@@ -114,6 +115,9 @@ def explain(function: str, result: Any, status: Status, inner, x, y0) -> str:
         culprit = find_non_finite(inner, x, y0)
         if culprit:
             return f"bilevel.{function}: {culprit}; nothing can be computed from it."
+        outer = outer_non_finite(problem, x, result.y) if status.word == "non_finite" and inner is not problem else None
+        if outer:
+            return f"bilevel.{function}: {outer}"
         runaway = unbounded_below(inner, x, y0, getattr(result, "y", None))
         if runaway:
             text = f"bilevel.{function}: {runaway}"
@@ -149,6 +153,20 @@ def find_non_finite(inner, x, y0) -> str | None:
             found = trees.non_finite([value])
             if found:
                 return f"`{name}`, which the inner {holder} closes over: {found.replace('leaf [0]', 'it')}"
+    return None
+
+
+def outer_non_finite(problem, x, y) -> str | None:
+    """Says that it is the outer function that gives NaN or infinity, where the inner solution is fine."""
+    if not bool(trees.all_finite((y, problem.inner.optimality(x, y)))):
+        return None
+    value, slopes = jax.value_and_grad(problem.outer, argnums=(0, 1))(x, y)
+    for what, tree in (("value", value), ("derivative in x", slopes[0]), ("derivative in y", slopes[1])):
+        if not bool(trees.all_finite(tree)):
+            return (
+                f"the outer function has NaN or an infinity as its {what} at an x of length {float(trees.norm(x)):.3g} "
+                "and the inner solution there: keep x where it is defined (minimize takes bounds), or change it."
+            )
     return None
 
 

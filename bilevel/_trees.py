@@ -41,6 +41,8 @@ def float_tree(tree: PyTree, function: str, argument: str, *, empty: bool = Fals
                 f"{where}: expected a floating dtype, found {dtype}; convert it, for example with "
                 f"jnp.asarray({argument}, float)."
             )
+        if jnp.finfo(dtype).bits < 32:
+            raise ValueError(f"{where}: float32 and float64 are supported, found {dtype}; convert it.")
         arrays.append(leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf))
     if not empty and sum(a.size for a in arrays) == 0:
         raise ValueError(f"bilevel.{function}: argument `{argument}` is empty: there is nothing to solve for.")

@@ -166,13 +166,13 @@ class Corrected(NamedTuple):
 
 def correct(
     correction: AbstractCorrection | None, solver: AbstractLinearSolver, inner, x: PyTree, flat: jax.Array,
-    unravel: Callable, *, guard: bool = True, loose: bool = False,
+    unravel: Callable, *, guard: bool = True, loose: bool = False, forcing: Any = 1e-3,
 ) -> Corrected:  # fmt: skip
     """Applies the whole correction and judges it once: it is used if finite and |F(x, ŷ)| < |F(x, y)|.
 
     At round-off, where no step can lower the residual any more, y is kept and that is no failure. `loose`: the caller
     judges the outcome himself, so Newton's system is solved without a residual test of its own, and `at` is that of
-    the moved point even where it is refused.
+    the moved point even where it is refused. `forcing`: the relative residual of that solve.
     """
     low = isinstance(solver, MixedPrecision)
     residual, system = linear_system(inner, x, unravel(flat), lower=low)
@@ -197,7 +197,7 @@ def correct(
             state = solver.prepare(system)
             size = jnp.linalg.norm(point)
             if loose:
-                answer = solver.approximate(state, system, at, rtol=1e-3)
+                answer = solver.approximate(state, system, at, rtol=forcing)
             else:
                 answer = solver.solve(state, system, at, forcing=(1e-3, size))
             solve = lambda b, a=answer: (a.value, a.status)

@@ -30,7 +30,7 @@ _MEANINGS = {
     "converged": "the accuracy asked for was reached",
     "max_steps": (
         "the accuracy asked for was not reached within max_steps: raise max_steps, loosen rtol, start closer, "
-        "or name another solver"
+        "name another solver, or set atol (where the solution is zero a relative accuracy is out of reach)"
     ),
     "round_off": (
         "the accuracy asked for is below what this floating-point precision can reach here: use float64, "

@@ -184,7 +184,7 @@ def hypergradient(
     copies = kept_copies((problem.inner, problem.outer), x, y0)
     goals = (jnp.asarray(rtol), jnp.asarray(atol))
     result, touches = _hypergradient(problem, x, y0, *goals, solver, adjoint, max_steps, copies)
-    result = finish("hypergradient", result, result.converged, result.status, throw, problem.inner, x, y0)
+    result = finish("hypergradient", result, result.converged, result.status, throw, problem, x, y0)
     if not trees.is_traced(touches) and not bool(touches) and bool(jnp.isfinite(result.value)):
         _warn_if_x_is_absent(problem.inner, x, result.y)
     return _bounded("hypergradient", result, problem, x, adjoint, error_bound)
@@ -230,14 +230,14 @@ def search(
                 found,
                 found.evaluations,
                 found.products,
-                ~(found.usable & (found.error <= 3 * found.floor)),  # steps do not lower round-off
+                ~(found.usable & found.at_floor & (allowed <= 3 * found.floor)),  # steps do not lower round-off
             )
 
         data = (problem.inner, problem.outer) if worth_lowering(problem.inner, x, y0) else ()
         with hoisted(data, copies):
             out = rounds(attempt, problem.inner, x, y0, solver, max_steps=max_steps, newton_first=newton_first)
         found = out.found
-        status = outcome(found.status, out.reached, found.error <= 3 * found.floor, out.steps >= max_steps, max_steps)
+        status = outcome(found.status, out.reached, found.at_floor, out.steps >= max_steps, max_steps)
         fields = _package(found, unravel, out.reached, status, out.steps, out.evaluations, out.products)
         return fields[0], (*fields[1], found.inner_touches_x, (found.adjoint, found.refined))
 

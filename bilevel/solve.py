@@ -16,7 +16,7 @@ from . import _precision as precision
 from ._compiling import held
 from ._entry import check_tolerance, finish, prepare_inner
 from ._trees import ravel, ravel_like
-from .adjoint import AbstractAdjoint, ImplicitAdjoint, near, usable
+from .adjoint import NEARER, AbstractAdjoint, ImplicitAdjoint, near, usable
 from .correct import correct
 from .errors import Status
 from .linear import choose, first_reduction, linear_system
@@ -26,7 +26,6 @@ from .solvers import resolve
 __all__ = ["Solution", "solve"]
 
 ROUNDS = 16
-_NEARER = 1e-4  # of `length_scale`: how near y is brought beyond what was asked for, where Newton steps do it
 
 
 class Solution(eqx.Module):
@@ -156,8 +155,7 @@ def rounds(
 class _Located(NamedTuple):
     flat: jax.Array
     residual: jax.Array
-    error: jax.Array
-    floor: jax.Array
+    at_floor: jax.Array  # the error left is round-off
     status: Status
     accepted: jax.Array  # what `solve` promises is kept; `Attempt.reached` may want more, as long as it can be had
 
@@ -171,18 +169,18 @@ def _locate(inner, x, y, adjoint: AbstractAdjoint, rtol, atol, wanted) -> Attemp
     solver = choose(adjoint.linear_solver_used, inner, x, y, loose=True)
     residual, system = linear_system(inner, x, y)
     size, status = jnp.linalg.norm(residual), system.gauge_status.then(inner.status_at(x, y))
-    zero, no = jnp.zeros_like(size), jnp.asarray(False)
+    no = jnp.asarray(False)
 
     def step():
         found = solver.approximate(solver.prepare(system), system, residual)
         return jnp.where(usable(found.status), system.off_gauge(found.value), jnp.inf)
 
     left = lax.cond((size <= wanted) & (status.code == 0), step, lambda: jnp.full_like(flat, jnp.inf))
-    unit = jnp.maximum(jnp.linalg.norm(flat), inner.unit_at(x, y))
-    there = (jnp.linalg.norm(left) <= jnp.maximum(rtol * unit, atol)) & near(inner, x, y, left, _NEARER)
+    unit = jnp.maximum(jnp.linalg.norm(system.off_gauge(flat)), inner.unit_at(x, y))
+    there = (jnp.linalg.norm(left) <= jnp.maximum(rtol * unit, atol)) & near(inner, x, y, left, NEARER)
     corrected = eqx.filter_closure_convert(lambda y: _corrected(inner, x, y, adjoint, rtol, atol), y)
-    located = _Located(flat, size, zero, zero, status, ~no)
-    found = Attempt(flat, size, ~no, no, zero, located, jnp.asarray(1), jnp.asarray(0), no)
+    located = _Located(flat, size, no, status, ~no)
+    found = Attempt(flat, size, ~no, no, jnp.zeros_like(size), located, jnp.asarray(1), jnp.asarray(0), no)
     found = jax.tree.map(lambda a, like: a.astype(like.dtype), found, corrected.out_struct)
     return lax.cond(there, lambda: found, lambda: corrected(y))
 
@@ -197,22 +195,27 @@ def _corrected(inner, x, y, adjoint: AbstractAdjoint, rtol, atol) -> Attempt:
     rough = solver.approximate(moved.state, system, residual)
     step = system.off_gauge(rough.value)
     own = inner.size_of_error(x, y_hat, unravel(residual), unravel(step))
-    error, scale = own if own is not None else (jnp.linalg.norm(step), jnp.linalg.norm(moved.flat))
+    if own is None:  # along a gauge y has a size, and its round-off, but no error
+        error, scale, size = (jnp.linalg.norm(a) for a in (step, system.off_gauge(moved.flat), moved.flat))
+    else:
+        error, scale = own
+        size = scale
     allowed = jnp.maximum(rtol * scale, atol).astype(flat.dtype)
-    floor = 4 * eps * jnp.where(jnp.isfinite(rough.condition), rough.condition, 1) * scale
+    floor = 4 * eps * jnp.where(jnp.isfinite(rough.condition), rough.condition, 1) * size
     finite = Status.where(jnp.isfinite(moved.before), Status(), Status("non_finite"))
     status = finite.then(system.gauge_status).then(rough.status).then(moved.status).then(inner.status_at(x, y_hat))
     fine = usable(status) & jnp.isfinite(error)
     contracted = (moved.after <= 0.5 * moved.before) & moved.used
     accepted = fine & (error <= allowed) & inner.smooth_between(x, y_hat, unravel(moved.flat - step))
-    reached = accepted & near(inner, x, y_hat, step, _NEARER)
+    reached = accepted & near(inner, x, y_hat, step, NEARER)
     newton = adjoint.correction_used is not None and adjoint.correction_used.uses_newton
     factor = jnp.clip(0.3 * allowed / jnp.where(error > 0, error, 1), 1e-4, 0.1)
     factor = jnp.where(fine, factor, 0.1)
-    located = _Located(moved.flat, moved.after, error, floor, status, accepted)
+    at_floor = fine & (error <= 10 * floor)
+    located = _Located(moved.flat, moved.after, at_floor, status, accepted)
     again = jnp.asarray(newton) & contracted
     evaluations, products = moved.evaluations + 1, moved.products + rough.products.astype(jnp.int32)
-    worth = ~(accepted | (fine & (error <= 10 * floor)))  # steps do not lower round-off
+    worth = ~(accepted | (at_floor & (allowed <= floor)))  # steps do not lower round-off
     return Attempt(moved.flat, moved.after, reached, again, factor, located, evaluations, products, worth)
 
 
@@ -272,9 +275,9 @@ def _solve(inner, x, y0, solver, adjoint, rtol, atol, max_steps, throw) -> Solut
                 max_steps=max_steps, newton_first=first, wanted=wanted,
             )  # fmt: skip
         found = out.found
-        reached = out.reached | found.accepted
+        reached = found.accepted
         _, unravel = ravel(y0)
-        status = outcome(found.status, reached, found.error <= 10 * found.floor, out.steps >= max_steps, max_steps)
+        status = outcome(found.status, reached, found.at_floor, out.steps >= max_steps, max_steps)
         here = usable(found.status) & jnp.all(jnp.isfinite(found.flat))
         y = jax.tree.map(lambda a: jnp.where(here, a, jnp.nan), unravel(found.flat))
         return y, (found.residual, out.steps, reached, status)

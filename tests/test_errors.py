@@ -23,6 +23,7 @@ BAD_TREES = [
     ("y0", jnp.zeros(4), ValueError, "y0"),  # the objective cannot be evaluated there
     ("y0", jnp.zeros(3, int), ValueError, "dtype"),
     ("y0", jnp.zeros(3, complex), ValueError, "dtype"),
+    ("y0", jnp.zeros(3, jnp.float16), ValueError, "float32 and float64"),
     ("y0", jnp.zeros(0), ValueError, "empty"),
     ("y0", {}, ValueError, "empty"),
     ("y0", "three", TypeError, "str"),

@@ -196,3 +196,25 @@ def test_an_undeclared_gauge_is_singular():
     problem = BilevelProblem(softmax_inner, lambda x, y: jnp.dot(jax.nn.softmax(y), jnp.arange(3.0)))
     with pytest.raises(NotConverged, match="singular"):
         bilevel.hypergradient(problem, X3, Y3)
+
+
+@pytest.mark.parametrize(("dtype", "far"), [(jnp.float64, 1e4), (jnp.float64, 1e8), (jnp.float32, 1e3)])
+def test_a_start_far_along_the_gauge_gives_the_same_or_says_so(dtype, far):
+    """The length of y along the gauge is none that an error may be compared with."""
+
+    def inner(x, y):
+        z = y - jnp.mean(y)
+        return 0.5 * jnp.sum((z - x * jnp.arange(4, dtype=y.dtype)) ** 2) + jnp.sum(z**4)
+
+    sliding = bilevel.Minimization(inner, gauge=[jnp.ones(4, dtype)])
+    start = jnp.asarray([1.0, 2.0, 3.0, 5.0], dtype)
+
+    def outer(x, y0):
+        found = bilevel.solve(sliding, x, y0, throw=False)
+        return found.y[3] - found.y[0], found
+
+    (value, _), slope = jax.value_and_grad(outer, has_aux=True)(jnp.asarray(1.0, dtype), start)
+    (there, found), steep = jax.value_and_grad(outer, has_aux=True)(jnp.asarray(1.0, dtype), start + dtype(far))
+    lost = 10 * far * jnp.finfo(dtype).eps  # round-off of so long a y
+    np.testing.assert_allclose([there, steep], [value, slope], rtol=lost)
+    assert bool(found.converged) or found.status == "round_off"

@@ -314,3 +314,17 @@ def test_one_unknown():
     np.testing.assert_allclose(root.y, 2.0, rtol=1e-10)
     slope = jax.grad(lambda x: bilevel.solve(Root(lambda x, y: y**3 - x), x, jnp.asarray(1.0)).y)(8.0)
     np.testing.assert_allclose(slope, 1 / 12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("correction", [None, bilevel.Jacobi(), bilevel.Newton()])
+def test_an_accuracy_near_round_off_that_can_be_had_is_had(correction):
+    """What is left is within ten times what round-off may be, but less was asked for: the solver goes on."""
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    hessian = jnp.asarray(turn @ np.diag(np.geomspace(1 / 30, 1, 8)) @ turn.T, jnp.float32)
+    b = jnp.asarray(rng.normal(size=8), jnp.float32)
+    f = lambda x, y: 0.5 * y @ (hessian @ y) - x * (b @ y) + 0.1 * jnp.sum(jnp.logaddexp(y, -y))
+    found = bilevel.solve(
+        f, jnp.float32(0.7), jnp.zeros(8, jnp.float32), adjoint=ImplicitAdjoint(correction=correction)
+    )
+    assert found.converged

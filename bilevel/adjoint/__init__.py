@@ -11,13 +11,14 @@ and with l(x, y) = G - v'F (v frozen) the derivative of Omega in y along p is g_
 
 from __future__ import annotations
 
-from ._base import AbstractAdjoint, Estimate, Target, near, usable
+from ._base import NEARER, AbstractAdjoint, Estimate, Target, near, usable
 from ._implicit import ImplicitAdjoint, LinearizedAdjoint
 from ._others import JacobianFreeAdjoint, NeumannAdjoint, OneStepAdjoint, UnrolledAdjoint
 from ._rule import differentiable_estimate, implicit, solve_linear
 from ._second import hessian_product, moved_point, parts_at
 
 __all__ = [
+    "NEARER",
     "AbstractAdjoint",
     "Estimate",
     "ImplicitAdjoint",

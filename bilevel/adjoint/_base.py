@@ -18,6 +18,9 @@ from ..errors import Status
 NEAR = 1e-3
 """Of an inner problem's `length_scale`: the Newton step with which dF/dy at y can pass for that at the solution."""
 
+NEARER = 1e-4
+"""Of the same: how near `solve` brings y beyond what was asked for, where Newton steps do it, so that `NEAR` holds."""
+
 UNUSABLE = ("singular", "not_a_minimum", "non_finite", "gauge_dependent", "not_a_gauge",
             "degenerate_active_set")  # fmt: skip
 
@@ -60,6 +63,11 @@ class Estimate(NamedTuple):
     smooth: jax.Array  # whether F is smooth along the step still to go
     evaluations: jax.Array  # of F
     products: jax.Array  # with F_y, those of a dense matrix included
+
+    @property
+    def at_floor(self) -> jax.Array:
+        """Whether the error is round-off, by and large."""
+        return self.error <= 3 * self.floor
 
     @property
     def usable(self) -> jax.Array:

@@ -51,7 +51,8 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
     low = isinstance(solver, MixedPrecision)  # one digit will do: where float32 pays, this is the place for it
     turned = lambda v, step: _lagrangian_tangent(problem, x, unravel(flat), v, step, low)
     if named is None:
-        sweep = jnp.clip(jnp.sqrt(rtol), 1e-8, 0.03).astype(flat.dtype)
+        enough = rtol * jnp.linalg.norm(g_y)
+        missing = lambda rest: jnp.clip(enough / jnp.maximum(jnp.linalg.norm(rest), enough), 1e-16, 1)
         rest = g_y
         if guess is not None:
             rest = lax.cond(jnp.any(guess != 0), lambda: g_y - system.rmv(guess), lambda: g_y)
@@ -69,17 +70,17 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
 
             return lax.cond(quality > _DULL, refined, lambda: (value, residual, jnp.asarray(0)))
 
+        sweep = jnp.clip(jnp.sqrt(missing(rest)), 1e-8, 0.1).astype(flat.dtype)
         first = approximate(rest, rtol=sweep, transpose=True)
-        forward = approximate(system.off_gauge(residual), rtol=rough)
+        forward = approximate(residual, rtol=rough)
         step = system.off_gauge(forward.value)
         v = first.value if guess is None else guess + first.value
         asked, rest = rest, g_y - system.rmv(v)
         quality, extra = jnp.zeros((), flat.dtype), jnp.asarray(0)
         if solver.keeps:
-            wanted = system.off_gauge(residual)
-            missing = wanted - system.mv(step)
+            missing = residual - system.mv(step)
             quality = jnp.maximum(_ratio(rest, asked), _ratio(missing, residual))
-            step, _, first_extra = sharpened(wanted, step, missing, quality, transpose=False)
+            step, _, first_extra = sharpened(residual, step, missing, quality, transpose=False)
             v, rest, second_extra = sharpened(g_y, v, rest, quality, transpose=True)
             step, extra = system.off_gauge(step), first_extra + second_extra
         tangent = turned(v, step)
@@ -95,7 +96,7 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
             turn, extra = turn._replace(value=value_turned), extra + last_extra
     else:
         adjoint = named[0].solve(named[1], system, g_y, transpose=True, rtol=rtol, guess=guess)
-        step = solver.approximate(state, system, system.off_gauge(residual), rtol=rough)
+        step = solver.approximate(state, system, residual, rtol=rough)
         first = second = forward = step
         extra = 0
         step, quality = system.off_gauge(step.value), jnp.zeros((), flat.dtype)
@@ -172,8 +173,7 @@ def evaluate_value(problem, x, flat, unravel, solver, state, *, at=None, rough=0
     residual, system = linear_system(problem.inner, x, unravel(flat)) if at is None else at
     slope = jax.value_and_grad(lambda x, p: problem.outer(x, unravel(p)).astype(flat.dtype))
     (value, gradient), along = jax.linearize(lambda p: slope(x, p), flat)
-    asked = system.off_gauge(residual)
-    forward = solver.approximate(state, system, asked, rtol=rough)
+    forward = solver.approximate(state, system, residual, rtol=rough)
     step = system.off_gauge(forward.value)
     condition = jnp.where(jnp.isfinite(forward.condition), forward.condition, 1)
     size = trees.norm(gradient)
@@ -198,7 +198,7 @@ def evaluate_value(problem, x, flat, unravel, solver, state, *, at=None, rough=0
         status=status,
         inner_touches_x=jnp.asarray(True),
         contracted=jnp.asarray(True),
-        quality=_ratio(asked - system.mv(step), asked) if solver.keeps else zero,
+        quality=_ratio(residual - system.mv(step), residual) if solver.keeps else zero,
         eps=jnp.asarray(trees.coarsest(unravel(flat)), flat.dtype),
         unit=jnp.asarray(problem.inner.unit_at(x, unravel(flat)), flat.dtype),
         smooth=problem.inner.smooth_between(x, unravel(flat), unravel(flat - step)),

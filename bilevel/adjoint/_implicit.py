@@ -124,7 +124,10 @@ def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess, rough: flo
     goal: Any = target
     if rough is None:
         rough = 1e-3 if target is None else 0.03
-    moved = correct(correction, solver, inner, x, flat, unravel, guard=adjoint.guard, loose=target is not None)
+    forcing = 1e-3 if target is None else jnp.clip(target.aim, 1e-3, 1e-2)
+    moved = correct(
+        correction, solver, inner, x, flat, unravel, guard=adjoint.guard, loose=target is not None, forcing=forcing
+    )
     if target is not None:
         rtol = jnp.clip(0.2 * target.aim, 10 * eps, 1e-3).astype(flat.dtype)
     elif correction is None:
@@ -207,7 +210,7 @@ def _descend(inner, x, unravel, solver, moved, target: Target):
     residual, system = moved.at
 
     def step_at(residual, system):
-        step = system.off_gauge(solver.approximate(moved.state, system, system.off_gauge(residual)).value)
+        step = system.off_gauge(solver.approximate(moved.state, system, residual).value)
         return jnp.where(jnp.all(jnp.isfinite(step)), step, 0)
 
     def unfinished(carry):

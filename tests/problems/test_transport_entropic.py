@@ -445,3 +445,17 @@ def test_parts_that_hardly_see_each_other():
         assert converged
         np.testing.assert_allclose([value, slope], -0.2, rtol=rtol)
     assert refused == 2
+
+
+@pytest.mark.long
+def test_no_sweeps_after_round_off():
+    """Where epsilon is small and the accuracy asked for is out of reach, the solver is not asked for it again."""
+    rng = np.random.default_rng(0)
+    source, target = rng.normal(size=(100, 2)), rng.normal(size=(100, 2)) + 0.5
+    distances = lambda points: jnp.sum((points[:, None] - target[None]) ** 2, axis=2)
+    epsilon = 0.02 * float(np.median(distances(source)))
+    ot = EntropicOT(distances, np.full(100, 0.01), np.full(100, 0.01), epsilon)
+    problem = bilevel.BilevelProblem(ot, lambda x, y: jnp.sum(jnp.square(ot.coupling(x, y) @ target * 100 - x)))
+    found = bilevel.hypergradient(problem, jnp.asarray(source), ot.initial(), rtol=1e-9, throw=False)
+    assert found.status == "round_off"
+    assert int(found.steps) < 500
