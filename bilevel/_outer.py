@@ -1,4 +1,4 @@
-"""Outer methods on flat NumPy vectors: SciPy's L-BFGS-B, optax, proximal gradient. Each a generator of steps."""
+"""Outer methods on flat NumPy vectors: SciPy's L-BFGS-B and Newton-CG, optax, proximal gradient."""
 
 from __future__ import annotations
 
@@ -26,11 +26,15 @@ class Setting(NamedTuple):
     def project(self, x: np.ndarray) -> np.ndarray:
         return np.clip(x, self.lower, self.upper)
 
+    def projected(self, found: Evaluation) -> np.ndarray:
+        """The projected gradient (with a prox: the prox residual at step one)."""
+        if self.prox is None:  # not x - project(x - gradient): beside a large x a gradient is round-off
+            return np.clip(found.gradient, found.x - self.upper, found.x - self.lower)
+        return found.x - self.prox(found.x - found.gradient, 1.0)
+
     def optimality(self, found: Evaluation) -> float:
-        """The largest entry of the projected gradient (with a prox: of the prox residual at step one)."""
-        moved = found.x - found.gradient
-        moved = self.project(moved) if self.prox is None else self.prox(moved, 1.0)
-        return float(np.max(np.abs(found.x - moved), initial=0.0))
+        """The largest entry of the projected gradient."""
+        return float(np.max(np.abs(self.projected(found)), initial=0.0))
 
 
 def lbfgsb(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation], bool]) -> str:

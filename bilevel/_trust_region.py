@@ -12,35 +12,54 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from ._oracle import Evaluation, Oracle
+from ._oracle import Evaluation, Oracle, length
 from ._outer import Setting
+from .errors import NotConverged
 
 _ACCEPTED, _POOR, _GOOD = 1e-4, 0.1, 0.7  # decrease against the model's: of steps taken, and of radii changed
 
 
+_ROUNDS, _FACE = 50, 1e-2  # of faces tried for one step; share of a slope that a move along it must gain
+_SMALL, _INSIDE = 1e-9, 1e-10  # of the gradient that the step's minimum, and that on one face, leave
+
+
 def trust_region(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation], bool]) -> str:
     """Damped BFGS (Powell 1978), each step the minimum of the model in the box of bounds and radius (Conn, Gould,
-    Toint 1988); refused points count as well, for the matrix. `on_step` is told each accepted point and says whether to
-    go on. Returns its last word."""
+    Toint 1988); refused points count as well, for the matrix, and a point without a hypergradient is refused.
+    `on_step` is told each accepted point and says whether to go on. Returns its last word; raises `NotConverged` where
+    no radius leads to a point with a hypergradient."""
     found = oracle(setting.project(oracle.x0))
     if not on_step(found):
         return "at the start"
     eps = float(jnp.finfo(oracle.dtype).eps)
     identity = np.eye(found.x.size)
-    matrix = identity * max(float(np.linalg.norm(found.gradient)), np.finfo(float).tiny)  # a first step of length one
+    matrix = identity * max(length(found.gradient), np.finfo(float).tiny)  # a first step of length one
     radius, fresh = 1.0, True
+    failure: NotConverged | None = None
     for _ in range(20 * setting.max_steps):
         lower, upper = (np.clip(side - found.x, -radius, radius) for side in (setting.lower, setting.upper))
-        new = oracle(found.x + box_minimum(found.gradient, matrix, lower, upper))
-        move = new.x - found.x
+        with np.errstate(over="ignore", invalid="ignore"):
+            x = oracle.rounded(found.x + box_minimum(found.gradient, matrix, lower, upper))
+            move = x - found.x
+            fall = -float(found.gradient @ move + 0.5 * move @ matrix @ move)
+            steepness = float(found.gradient @ found.gradient)
+        if not np.isfinite(fall) or not np.isfinite(steepness):
+            return "the trust region met values too large to compute with; is h unbounded below"
         size = float(np.max(np.abs(move), initial=0.0))
-        fall = -float(found.gradient @ move + 0.5 * move @ matrix @ move)
         if size <= eps * max(1.0, float(np.max(np.abs(found.x)))) or not fall > 0:
+            if failure is not None:
+                raise failure
             return "the trust region shrank to nothing"
+        try:
+            new = oracle(x)
+        except NotConverged as error:
+            failure, radius = error, size / 4
+            continue
         turn = new.gradient - found.gradient
-        if fresh and move @ turn > 0:
-            matrix, fresh = identity * float(move @ turn / (move @ move)), False
-        matrix = damped_bfgs(matrix, move, turn)
+        with np.errstate(over="ignore", invalid="ignore"):
+            if fresh and move @ turn > 0:
+                matrix, fresh = identity * float(move @ turn / (move @ move)), False
+            matrix = damped_bfgs(matrix, move, turn)
         ratio = (found.value - new.value) / fall
         if fall <= 10 * eps * abs(found.value):  # round-off of values, in which gradients still tell
             ratio = 1.0 if setting.optimality(new) <= 0.9 * setting.optimality(found) else 0.0
@@ -49,7 +68,7 @@ def trust_region(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation
         elif ratio > _GOOD and size > 0.8 * radius:
             radius *= 2
         if ratio > _ACCEPTED:
-            found = new
+            found, failure = new, None
             if not on_step(found):
                 return "stopped"
     return "the trust region took its most evaluations"
@@ -70,8 +89,8 @@ def box_minimum(gradient: np.ndarray, matrix: np.ndarray, lower: np.ndarray, upp
     gradient steps, which choose a face, and conjugate gradients inside it (Moré and Toraldo 1991)."""
     p = np.zeros_like(gradient)
     slope = gradient.copy()
-    small = 1e-9 * float(np.linalg.norm(gradient))
-    for _ in range(50):
+    small = _SMALL * float(np.linalg.norm(gradient))
+    for _ in range(_ROUNDS):
         down = np.where(((p <= lower) & (slope > 0)) | ((p >= upper) & (slope < 0)), 0.0, -slope)
         if np.linalg.norm(down) <= small:
             break
@@ -79,7 +98,7 @@ def box_minimum(gradient: np.ndarray, matrix: np.ndarray, lower: np.ndarray, upp
         for _ in range(60):
             trial = np.clip(p + t * down, lower, upper)
             step = trial - p
-            if slope @ step + 0.5 * step @ matrix @ step <= 1e-2 * (slope @ step):
+            if slope @ step + 0.5 * step @ matrix @ step <= _FACE * (slope @ step):
                 break
             t /= 2
         p = np.clip(trial + _in_face(slope + matrix @ step, matrix, lower - trial, upper - trial), lower, upper)
@@ -91,18 +110,18 @@ def _in_face(slope: np.ndarray, matrix: np.ndarray, lower: np.ndarray, upper: np
     """Conjugate gradients on the entries inside the box, until converged or at its boundary."""
     free = (lower < 0) & (upper > 0)
     rest = np.where(free, -slope, 0.0)
-    way, total, length = rest, np.zeros_like(rest), float(rest @ rest)
-    enough = 1e-20 * length
+    way, total, square = rest, np.zeros_like(rest), float(rest @ rest)
+    enough = _INSIDE**2 * square
     for _ in range(2 * len(rest)):
-        if length <= enough:
+        if square <= enough:
             break
         along = np.where(free, matrix @ way, 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
             room = np.where(way > 0, (upper - total) / way, np.where(way < 0, (lower - total) / way, np.inf))
-        t, most = length / float(way @ along), float(np.min(room))
+        t, most = square / float(way @ along), float(np.min(room))
         if t >= most:
             return total + most * way
         total, rest = total + t * way, rest - t * along
-        length, last = float(rest @ rest), length
-        way = rest + length / last * way
+        square, last = float(rest @ rest), square
+        way = rest + square / last * way
     return total

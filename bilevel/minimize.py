@@ -15,7 +15,7 @@ from . import _checkpoint as checkpoints
 from . import _outer as outer
 from . import _trees as trees
 from ._entry import prepare_problem
-from ._oracle import Evaluation, Oracle
+from ._oracle import Evaluation, Oracle, length
 from ._trees import ravel, ravel_like
 from ._trust_region import trust_region
 from .adjoint import AbstractAdjoint, ImplicitAdjoint
@@ -206,8 +206,9 @@ class _Loop:
     def on_step(self, found: Evaluation) -> bool:
         """Takes note of an accepted point; whether to go on."""
         setting, oracle = self.setting, self.oracle
-        size = setting.optimality(found)
-        oracle.wants(size, oracle.scale if self.history else max(1.0, size))
+        projected = setting.projected(found)
+        size = float(np.max(np.abs(projected), initial=0.0))
+        oracle.wants(length(projected), oracle.scale if self.history else max(1.0, size))
         # nothing smaller than the gradient's own error can be told from zero
         self.converged = size <= setting.tol * oracle.scale and not (found.error > setting.tol * oracle.scale)
         penalty = setting.penalty(found.x) if setting.penalty is not None else 0.0
@@ -244,9 +245,11 @@ class _Loop:
                 f"max_steps = {setting.max_steps} reached with a projected gradient of {size:.2e} (wanted {bound:.2e})"
             )
         else:
-            at_floor = last.at_floor or last.error > 0.1 * size
-            search = "the trust region" if said.startswith("the trust region") else "the line search"
-            cause = "ftol" if said.endswith("ftol") else "the round-off floor" if at_floor else search
+            cause = "the trust region" if said.startswith("the trust region") else "the line search"
+            if (last.at_floor or last.error > 0.1 * size) and "too large" not in said:
+                cause = "the round-off floor"
+            if said.endswith("ftol"):
+                cause = "ftol"
             message = (
                 f"{cause} ended it with a projected gradient of {size:.2e} (wanted {bound:.2e}) and a hypergradient "
                 f"error of {last.error:.1e}: {said.strip().rstrip('.')}"

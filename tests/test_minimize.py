@@ -242,3 +242,39 @@ def test_ftol_ends_it_where_the_value_hardly_falls():
         bilevel.minimize(problem, *start, ftol=-1.0)
     with pytest.raises(ValueError, match="ftol"):
         bilevel.minimize(problem, *start, ftol=1e-3, method="newton-cg")
+
+
+def identity(outer):
+    """y*(x) = x: an outer function of x alone."""
+    return bilevel.BilevelProblem(lambda x, y: 0.5 * jnp.sum((y - x) ** 2), lambda x, y: outer(y))
+
+
+@pytest.mark.parametrize("method", ["trust-region", "l-bfgs-b"])
+def test_far_out_a_small_gradient_is_no_convergence(method):
+    """Beside a large x a gradient vanishes in round-off of x - gradient."""
+    far = bilevel.minimize(identity(lambda y: -5e-5 * y), 1e12, 1e12, method=method, max_steps=5)
+    assert not far.converged
+    held = bilevel.minimize(identity(lambda y: -y), 1e12, 1e12, method=method, bounds=(0.0, 2e12))
+    assert held.converged
+    assert float(held.x) == 2e12
+
+
+def test_without_a_minimum_it_does_not_converge():
+    falls = bilevel.minimize(identity(lambda y: -y), 0.0, 0.0, method="trust-region", max_steps=80)
+    assert not falls.converged
+    bursts = bilevel.minimize(identity(lambda y: -jnp.exp(y)), 1.0, 0.0, method="trust-region", max_steps=80)
+    assert not bursts.converged
+    assert "unbounded below" in bursts.message
+
+
+def test_outer_functions_that_are_not_defined_everywhere():
+    edge = identity(lambda y: y - 0.01 * jnp.log(y))
+    found = bilevel.minimize(edge, 1.0, 0.0, method="trust-region")  # a step into y <= 0 is refused
+    assert found.converged
+    np.testing.assert_allclose(found.x, 0.01, rtol=1e-4)
+    with pytest.raises(bilevel.NotConverged, match="outer function has NaN or an infinity as its value"):
+        bilevel.minimize(edge, 1.0, 0.0)
+    with pytest.raises(bilevel.NotConverged, match="outer function"):
+        bilevel.hypergradient(edge, -1.0, 0.0)
+    with pytest.raises(bilevel.NotConverged, match="outer function"):  # wherever the trust region asks
+        bilevel.minimize(identity(lambda y: jnp.where(y == 1, -y, jnp.nan)), 1.0, 1.0, method="trust-region")
