@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from ._compiling import asked_quickly, compiled, one_thread, quickly
 from ._entry import explain
 from ._precision import kept_copies
-from ._trees import ravel, ravel_like
+from ._trees import on_host, ravel
 from .errors import NotConverged
 from .hypergradient import search
 from .linear import DENSE_LIMIT
@@ -58,7 +58,7 @@ class Oracle:
         self.dtype = flat.dtype
         self.x0 = np.asarray(flat, np.float64)
         flat_y, self.unravel_y = ravel(y0)
-        self.y = flat_y
+        self.y = np.asarray(flat_y)
         self.guess: Any = None
         self.scale = 1.0
         self.size: float | None = None
@@ -81,7 +81,7 @@ class Oracle:
 
     def rounded(self, x: np.ndarray) -> np.ndarray:
         """x as it is evaluated, in the dtype of x0."""
-        return np.asarray(jnp.asarray(x, self.dtype), np.float64)
+        return np.asarray(x, self.dtype).astype(np.float64)
 
     def __call__(self, x: np.ndarray) -> Evaluation:
         x = self.rounded(x)
@@ -102,14 +102,13 @@ class Oracle:
             found = self._compute(x)
             self.recorded.append(found)
         self.count += 1
-        self.y = jnp.asarray(found.y, self.y.dtype)
-        self.guess = jnp.asarray(found.adjoint, self.y.dtype)
+        self.y = np.asarray(found.y, self.y.dtype)
+        self.guess = np.asarray(found.adjoint, self.y.dtype)
         self.length = length(found.gradient)
         return found
 
     def _compute(self, x: np.ndarray) -> Evaluation:
-        tree = self.unravel_x(jnp.asarray(x, self.dtype))
-        y = self.unravel_y(self.y)
+        tree, y = self.unravel_x(x), self.unravel_y(self.y)
         least = 0.3 * self.tol * self.scale
         if self.rtol is not None:
             rtol, atol = self.rtol, least
@@ -117,7 +116,7 @@ class Oracle:
             rtol, atol = _FIRST, least
         else:
             rtol, atol = float(jnp.finfo(self.dtype).tiny), max(least, _SHARE * self.size)
-        guess = jnp.zeros_like(self.y) if self.guess is None else self.guess
+        guess = np.zeros_like(self.y) if self.guess is None else self.guess
         aim = max(rtol, 0.3 * atol / self.length) if self.length > 0 else rtol
         goals = tuple(np.asarray(goal, self.dtype) for goal in (rtol, atol, aim))
         copies = kept_copies((self.problem.inner, self.problem.outer))
@@ -137,7 +136,7 @@ class Oracle:
             if result.status.word != "degenerate_active_set":
                 break
             near = x + aside * np.maximum(1.0, np.abs(x))
-            tree = self.unravel_x(jnp.asarray(near, self.dtype))
+            tree = self.unravel_x(near)
             result, extras = evaluate(tree)
         word = result.status.word
         if word not in ("converged", "round_off"):
@@ -148,8 +147,8 @@ class Oracle:
         self.products += int(result.products)
         value, adjoint = extras
         return Evaluation(
-            x, float(value), np.asarray(ravel_like(result.gradient, self.dtype), np.float64), float(result.error),
-            np.asarray(ravel_like(result.y, self.y.dtype)), np.asarray(adjoint), word == "round_off",
+            x, float(value), on_host(result.gradient, np.float64), float(result.error),
+            on_host(result.y, self.y.dtype), np.asarray(adjoint), word == "round_off",
         )  # fmt: skip
 
 

@@ -124,6 +124,12 @@ def ravel_like(tree: PyTree, dtype) -> jax.Array:
     return jnp.concatenate([jnp.asarray(leaf).reshape(-1).astype(dtype) for leaf in leaves])
 
 
+def on_host(tree: PyTree, dtype) -> np.ndarray:
+    """`ravel_like` of a concrete tree, in NumPy: no dispatch for each leaf."""
+    leaves = jax.tree.leaves(tree)
+    return np.concatenate([np.asarray(leaf, dtype).ravel() for leaf in leaves]) if leaves else np.zeros(0, dtype)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _called(fixed, arrays, arguments):
     return _assembled(fixed, arrays)(*arguments)

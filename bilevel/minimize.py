@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
@@ -212,14 +213,10 @@ class _Loop:
         # nothing smaller than the gradient's own error can be told from zero
         self.converged = size <= setting.tol * oracle.scale and not (found.error > setting.tol * oracle.scale)
         penalty = setting.penalty(found.x) if setting.penalty is not None else 0.0
-        state = State(
-            len(self.history),
-            oracle.unravel_x(jnp.asarray(found.x, oracle.dtype)),
-            oracle.unravel_y(jnp.asarray(found.y)),
-            found.value + penalty,
-            oracle.unravel_x(jnp.asarray(found.gradient, oracle.dtype)),
-            found.error,
+        x, y, gradient = jax.device_put(
+            (oracle.unravel_x(found.x), oracle.unravel_y(found.y), oracle.unravel_x(found.gradient))
         )
+        state = State(len(self.history), x, y, found.value + penalty, gradient, found.error)
         self.history.append(state)
         self.last = found
         if not oracle.replaying or oracle.replayed == 0:
