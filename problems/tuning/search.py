@@ -15,7 +15,8 @@ from sklearn.utils._tags import get_tags
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
-from threadpoolctl import threadpool_limits
+
+from bilevel._compiling import one_thread
 
 from ._penalties import group_numbers
 from ._search_folds import final_step, fold_data
@@ -95,9 +96,7 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
             self._classes(y, pairs, weights, judged=score == "neg_log_loss")
         targets = family.targets(y)
         folds = fold_data(before, rows, y, pairs, weights)
-        # on small matrices the threads of BLAS wait for each other longer than they compute
-        threads = threadpool_limits(1 if folds.X.size <= SMALL else None, user_api="blas")
-        with threads, jax.enable_x64(True):
+        with one_thread(folds.X.size <= SMALL), jax.enable_x64(True):
             own = self._own(folds.X.shape[2])
             search = Search(family.setup(folds, targets, own), self.n_iter, self.tol, self.verbose)
             shared = search.shared()
