@@ -62,15 +62,9 @@ def in_turns(calls: dict[str, Callable], repeats: int) -> dict[str, tuple[float,
 
 
 def seconds_of(function: Callable, repeats: int) -> tuple[float, Any]:
-    """The median seconds of some calls after a first one (of one, where that took long), and the last result."""
+    """The same of one call, made once before."""
     jax.block_until_ready(function())
-    found: list[float] = []
-    result = None
-    while len(found) < (repeats if sum(found) < 10 else 1):
-        start = time.perf_counter()
-        result = jax.block_until_ready(function())
-        found.append(time.perf_counter() - start)
-    return float(np.median(found)), result
+    return in_turns({"": function}, repeats)[""]
 
 
 def ott_coupling(costs, a, epsilon, threshold):

@@ -24,7 +24,6 @@ class Case(NamedTuple):
     test: Callable[[Any], float]
     shared: Callable[[float], Any] | None = None
     line: tuple[float, float] = (-7.0, 7.0)
-    steps: int = 60
     method: str = "l-bfgs-b"  # of ours
 
 
@@ -125,7 +124,7 @@ def denoiser() -> Case:
     noisy = clean + 0.1 * rng.normal(size=clean.shape)
     problem = tuning.DenoisingTuning(noisy[:6], clean[:6])
     test = lambda x: float(np.mean((np.asarray(problem.denoise(x, noisy[6:])) - clean[6:]) ** 2) / 2)
-    return Case(problem, (-12.0, 4.0), True, 1, test, steps=30, method="trust-region")
+    return Case(problem, (-12.0, 4.0), True, 1, test, method="trust-region")
 
 
 CASES = {
