@@ -95,8 +95,9 @@ def closed_over(function: Any) -> dict[str, Any]:
     return {name: value for name, value in found.items() if isinstance(value, (jax.Array, np.ndarray))}
 
 
-def ravel(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
-    """A tree of floating arrays as one vector of their common dtype, and the way back (to each leaf's own dtype)."""
+def ravel(tree: PyTree) -> tuple[jax.Array, Callable[[Any], PyTree]]:
+    """A tree of floating arrays as one vector of their common dtype, and the way back (to each leaf's own dtype; of
+    NumPy arrays to NumPy arrays)."""
     leaves, structure = jax.tree.flatten(tree)
     shapes = [jnp.shape(leaf) for leaf in leaves]
     dtypes = [jnp.result_type(leaf) for leaf in leaves]

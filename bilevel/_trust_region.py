@@ -2,7 +2,8 @@
 
 A line search shortens all entries of a step together, and L-BFGS takes directions that it has not seen for as curved
 as the last one it has. Here each entry moves by up to the radius on its own, and directions not seen yet have the
-curvature of the first step. Matrices are dense: for up to some hundred entries of x.
+curvature of the first step, until a step falls short of what they promised: then that of this step. Matrices are dense:
+for up to some hundred entries of x.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ._outer import Setting
 from .errors import NotConverged
 
 _ACCEPTED, _POOR, _GOOD = 1e-4, 0.1, 0.7  # decrease against the model's: of steps taken, and of radii changed
+_SHORT, _STEEPER = 0.5, 1.3  # decrease below which directions not seen get steeper, where they would by this factor
 
 
 _ROUNDS, _FACE = 50, 1e-2  # of faces tried for one step; share of a slope that a move along it must gain
@@ -34,6 +36,7 @@ def trust_region(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation
     eps = float(jnp.finfo(oracle.dtype).eps)
     identity = np.eye(found.x.size)
     matrix = identity * max(length(found.gradient), np.finfo(float).tiny)  # a first step of length one
+    unseen, seen = 0.0, np.zeros((found.x.size, 0))
     radius, fresh = 1.0, True
     failure: NotConverged | None = None
     for _ in range(20 * setting.max_steps):
@@ -57,12 +60,18 @@ def trust_region(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation
             continue
         turn = new.gradient - found.gradient
         with np.errstate(over="ignore", invalid="ignore"):
-            if fresh and move @ turn > 0:
-                matrix, fresh = identity * float(move @ turn / (move @ move)), False
-            matrix = damped_bfgs(matrix, move, turn)
+            bend = float(move @ turn)
+            if fresh and bend > 0:
+                fresh, unseen, seen = False, bend / float(move @ move), seen[:, :0]
+                matrix = identity * unseen
+            matrix, seen = damped_bfgs(matrix, move, turn), with_directions(seen, move, turn)
         ratio = (found.value - new.value) / fall
         if fall <= 10 * eps * abs(found.value):  # round-off of values, in which gradients still tell
             ratio = 1.0 if setting.optimality(new) <= 0.9 * setting.optimality(found) else 0.0
+        steeper = float(turn @ turn) / bend if bend > 0 else 0.0
+        if not fresh and not ratio >= _SHORT and _STEEPER * unseen < steeper < np.inf:
+            matrix = matrix + (steeper - unseen) * (identity - seen @ seen.T)
+            unseen = steeper
         if not ratio >= _POOR:
             radius = size / (2 if ratio > 0 else 4)
         elif ratio > _GOOD and size > 0.8 * radius:
@@ -72,6 +81,17 @@ def trust_region(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation
             if not on_step(found):
                 return "stopped"
     return "the trust region took its most evaluations"
+
+
+def with_directions(basis: np.ndarray, *vectors: np.ndarray) -> np.ndarray:
+    """An orthonormal basis, shape (n, k), of what a basis and further vectors span."""
+    for v in vectors:
+        rest, size = v, np.linalg.norm(v)
+        for _ in range(2):  # once more, against round-off
+            rest = rest - basis @ (basis.T @ rest)
+        if np.linalg.norm(rest) > 1e-8 * size and basis.shape[1] < v.size:
+            basis = np.concatenate([basis, (rest / np.linalg.norm(rest))[:, None]], axis=1)
+    return basis
 
 
 def damped_bfgs(matrix: np.ndarray, move: np.ndarray, turn: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import scipy.optimize as so
 import bilevel
 from bilevel._oracle import Evaluation, Oracle
 from bilevel._outer import Setting
-from bilevel._trust_region import box_minimum, damped_bfgs, trust_region
+from bilevel._trust_region import box_minimum, damped_bfgs, trust_region, with_directions
 
 from .test_minimize import PROBLEM, X0, Y0, true_gradient, usual  # noqa: F401  (a fixture)
 
@@ -98,6 +98,27 @@ def test_flat_directions_do_not_wait_for_steep_ones():
 def test_the_first_step_says_how_curved_it_is_elsewhere():
     bowl = lambda x: (float(np.sum(np.cosh(x))), np.sinh(x))
     assert run(bowl, 1e-2 * np.random.default_rng(0).normal(size=40))[1] < 10
+
+
+def test_directions_steeper_than_the_first_step_are_found_out():
+    """Most directions are two to six times as curved as those of the first step, whose curvature overshoots there."""
+    rng = np.random.default_rng(0)
+    curvature = np.append(np.full(5, 1.0), rng.uniform(2, 6, size=115))
+    target = np.append(np.full(5, 10.0), 0.3 * rng.normal(size=115))
+    bowl = lambda x: (0.5 * np.sum(curvature * (x - target) ** 2), curvature * (x - target))
+    found, count, _ = run(bowl, np.zeros(120), tol=1e-6, noise=1e-9)
+    np.testing.assert_allclose(found.x, target, atol=1e-5)
+    assert count < 25  # 31 without
+
+
+def test_directions_form_an_orthonormal_basis():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(5, 7))
+    vectors[3] = vectors[0] - 2 * vectors[1]  # nothing new
+    basis = with_directions(np.zeros((7, 0)), *vectors[:4], 1e-9 * vectors[4])
+    np.testing.assert_allclose(basis.T @ basis, np.eye(4), atol=1e-14)
+    np.testing.assert_allclose(basis @ basis.T @ vectors.T, vectors.T, atol=1e-13)
+    assert with_directions(np.eye(7), vectors[0]).shape == (7, 7)
 
 
 def test_it_ends_where_round_off_ends_it():
