@@ -124,7 +124,7 @@ def denoiser() -> Case:
     noisy = clean + 0.1 * rng.normal(size=clean.shape)
     problem = tuning.DenoisingTuning(noisy[:6], clean[:6])
     test = lambda x: float(np.mean((np.asarray(problem.denoise(x, noisy[6:])) - clean[6:]) ** 2) / 2)
-    return Case(problem, (-12.0, 4.0), True, 1, test, method="trust-region")
+    return Case(problem, (-12.0, 4.0), True, 1, test)
 
 
 CASES = {

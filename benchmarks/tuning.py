@@ -7,7 +7,7 @@ of the same shape. Optuna (TPE) gets `--seconds`, and at least twenty times what
 The loops with jaxopt and optimistix are the same outer L-BFGS-B on their implicit hypergradients, warm-started, with
 inner and adjoint tolerances of 1e-6, where the inner problem is smooth. They end where the line search finds nothing
 better or at the limit, ours where its projected gradient has fallen to 1e-7 or after 300 steps. All but ours are
-compiled before they are timed, and all have one thread of BLAS. On the multinomial model and the denoiser ours uses
+compiled before they are timed, and all have one thread of BLAS. On the multinomial model ours uses
 `method="trust-region"`, else the default.
 """
 

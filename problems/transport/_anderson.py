@@ -9,7 +9,7 @@ from jaxtyping import Array
 from ._sweeps import Dual, State
 
 
-def anderson_sweeps(dual: Dual, state: State, tol: Array, count: int, depth: int) -> State:
+def anderson_sweeps(dual: Dual, state: State, tol: Array, count: Array, depth: int) -> State:
     """Up to `count` sweeps g -> T(g) in the log domain; the next g is the combination of the last `depth` images whose
     residuals T(g) - g cancel best (Anderson 1965, type II).
 

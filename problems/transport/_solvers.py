@@ -171,10 +171,13 @@ def _search(
     four = jnp.asarray(4.0, f.dtype)
     start = State(f, g, big, jnp.ones((), f.dtype), jnp.zeros((), jnp.int32))
 
-    def promises(state):
+    def sweeps_left(state):
+        """As the last rate has it; infinite before the first sweep."""
         rate = jnp.clip(state.rate, 1e-3, 1 - 1e-7)
-        left = jnp.log(jnp.maximum(state.size / jnp.maximum(tol, jnp.finfo(f.dtype).tiny), 1)) / -jnp.log(rate)
-        return (left > worth) | (newton == "always")
+        return jnp.log(jnp.maximum(state.size / jnp.maximum(tol, jnp.finfo(f.dtype).tiny), 1)) / -jnp.log(rate)
+
+    def promises(state):
+        return (sweeps_left(state) > worth) | (newton == "always")
 
     def unfinished(carry):
         state, stage, _, stuck = carry
@@ -185,7 +188,11 @@ def _search(
         # the last stage, 0, is the problem itself, and so is what follows, -1
         left = jnp.maximum(stage, 0)
         here = dual.at(dual.epsilon * four ** left.astype(f.dtype))
-        sweep = lambda s: sweeps(here, s._replace(size=big), jnp.where(left > 0, loose, tol), chunk)
+        # each look makes the kernel anew: none on the way where the end is in sight
+        known = (stage < 0) & jnp.isfinite(state.size)
+        many = jnp.clip(1.2 * jnp.where(known, sweeps_left(state), 1), chunk, 8 * CHUNK).astype(jnp.int32)
+        many = jnp.clip(many, chunk, jnp.maximum(max_steps - state.steps, chunk))
+        sweep = lambda s: sweeps(here, s._replace(size=big), jnp.where(left > 0, loose, tol), many)
         if newton == "never":
             new = sweep(state)
         else:

@@ -91,7 +91,7 @@ class State(NamedTuple):
 # ------------------------------------------------------------------------------------------------ sweeps
 
 
-def log_sweeps(dual: Dual, state: State, tol: Array, count: int) -> State:
+def log_sweeps(dual: Dual, state: State, tol: Array, count: Array) -> State:
     """Up to `count` sweeps in the log domain, each followed by the best translation."""
     back = dual.swapped()
     step_1, step_2 = (eta(t, dual.epsilon) * dual.epsilon for t in (dual.tau_1, dual.tau_2))
@@ -120,7 +120,7 @@ def log_sweeps(dual: Dual, state: State, tol: Array, count: int) -> State:
     return lax.while_loop(unfinished, body, (state, jnp.zeros_like(state.g), 0))[0]
 
 
-def kernel_sweeps(dual: Dual, state: State, tol: Array, count: int) -> State:
+def kernel_sweeps(dual: Dual, state: State, tol: Array, count: Array) -> State:
     """Up to `count` sweeps on the kernel exp((f + g - c) / epsilon) at the potentials given, absorbed at the end; it
     ends early where the scalings grow large. One log-domain half sweep comes first, so that no row underflows."""
     g0, epsilon = state.g, dual.epsilon
