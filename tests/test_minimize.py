@@ -259,6 +259,7 @@ def test_far_out_a_small_gradient_is_no_convergence(method):
     assert float(held.x) == 1e12 + 8
 
 
+@pytest.mark.long
 def test_without_a_minimum_it_does_not_converge():
     falls = bilevel.minimize(identity(lambda y: -y), 0.0, 0.0, method="trust-region", max_steps=80)
     assert not falls.converged
@@ -267,6 +268,7 @@ def test_without_a_minimum_it_does_not_converge():
     assert "unbounded below" in bursts.message
 
 
+@pytest.mark.long
 def test_outer_functions_that_are_not_defined_everywhere():
     edge = identity(lambda y: y - 0.01 * jnp.log(y))
     found = bilevel.minimize(edge, 1.0, 0.0, method="trust-region")  # a step into y <= 0 is refused
