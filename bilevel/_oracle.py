@@ -140,7 +140,7 @@ class Oracle:
             result, extras = evaluate(tree)
         word = result.status.word
         if word not in ("converged", "round_off"):
-            message = explain("minimize", result, result.status, self.problem, tree, y)
+            message = explain("minimize", result, result.status, self.problem, *jax.device_put((tree, y)))
             raise NotConverged(f"{message} (At evaluation {self.count}; the hypergradient there failed.)", result)
         self.inner_steps += int(result.steps)
         self.evaluations += int(result.evaluations)
