@@ -189,7 +189,7 @@ def _search(
         left = jnp.maximum(stage, 0)
         here = dual.at(dual.epsilon * four ** left.astype(f.dtype))
         # each look makes the kernel anew: none on the way where the end is in sight
-        known = (stage < 0) & jnp.isfinite(state.size)
+        known = (stage < 0) & jnp.isfinite(state.size) & jnp.isfinite(state.rate)  # not after a Newton step that failed
         many = jnp.clip(1.2 * jnp.where(known, sweeps_left(state), 1), chunk, 8 * CHUNK).astype(jnp.int32)
         many = jnp.clip(many, chunk, jnp.maximum(max_steps - state.steps, chunk))
         sweep = lambda s: sweeps(here, s._replace(size=big), jnp.where(left > 0, loose, tol), many)
