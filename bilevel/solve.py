@@ -171,11 +171,10 @@ def _locate(inner, x, y, adjoint: AbstractAdjoint, rtol, atol, wanted) -> Attemp
     size, status = jnp.linalg.norm(residual), system.gauge_status.then(inner.status_at(x, y))
     no = jnp.asarray(False)
 
-    def step():
-        found = solver.approximate(solver.prepare(system), system, residual)
-        return jnp.where(usable(found.status), system.off_gauge(found.value), jnp.inf)
-
-    left = lax.cond((size <= wanted) & (status.code == 0), step, lambda: jnp.full_like(flat, jnp.inf))
+    # not in a branch of its own, where what F has computed already would be computed again
+    rough = solver.once(system, residual)
+    fine = (size <= wanted) & (status.code == 0) & usable(rough.status)
+    left = jnp.where(fine, system.off_gauge(rough.value), jnp.inf)
     unit = jnp.maximum(jnp.linalg.norm(system.off_gauge(flat)), inner.unit_at(x, y))
     there = (jnp.linalg.norm(left) <= jnp.maximum(rtol * unit, atol)) & near(inner, x, y, left, NEARER)
     corrected = eqx.filter_closure_convert(lambda y: _corrected(inner, x, y, adjoint, rtol, atol), y)

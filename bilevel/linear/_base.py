@@ -52,6 +52,10 @@ class AbstractLinearSolver(eqx.Module):
         and for callers who look at the residual themselves."""
         return self.solve(state, system, b, transpose=transpose, rtol=rtol)
 
+    def once(self, system: LinearSystem, b: jax.Array) -> LinearSolution:
+        """`approximate` where nothing is kept for another right-hand side."""
+        return self.approximate(self.prepare(system), system, b)
+
     @property
     def limited(self) -> bool:
         """Whether the user set its accuracy or its steps: then its answer is taken as it is, error and all."""

@@ -196,16 +196,33 @@ class SchurComplement(AbstractLinearSolver):
         scaled = _Scaled.of(system)
         if self.direct is False or small > DIRECT_LIMIT:
             return _Stored(operator, scaled)
-        # a right-hand side of many directions, each in its own scale
-        probe = jnp.cos(1.7 * jnp.arange(1, system.size + 1, dtype=system.dtype))
-        probe = system.off_gauge(probe * jnp.sqrt(jnp.concatenate([operator.first, operator.second])))
-        limit = max(int(small * STEPS_OF_A_FACTOR), 6)
-        trial = _iterate(operator, system, probe, 1e-3, scaled=scaled, max_steps=limit)
+        trial = _trial(operator, system, scaled, small)
         direct = trial.status.code != 0
         shape = jax.eval_shape(lambda: scaled.factor(operator))
         nothing = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shape)
         factor = lax.cond(direct, lambda: scaled.factor(operator), nothing)
         return _Chosen(_Stored(operator, scaled, trial.condition), factor, direct)
+
+    def once(self, system, b):
+        operator = system.operator
+        if not isinstance(operator, DualHessian) or not isinstance(operator.pairs, Matrix):
+            return super().once(system, b)
+        small = min(len(operator.first), len(operator.second))
+        scaled = _Scaled.of(system)
+        if self.direct is not None or small > DIRECT_LIMIT:
+            return super().once(system, b)
+        # a factorization is kept by nobody here: it is made only where conjugate gradients are slow or see too little
+        seen = jnp.ones((), system.dtype)
+        trial = _trial(operator, system, scaled, small, condition=seen)
+        found = _iterate(operator, system, b, 0.03, scaled=scaled, condition=seen, max_steps=_limit(small))
+
+        def by_factor():
+            prepared = _Prepared(scaled, scaled.factor(operator))
+            exact = Direct().approximate(prepared, system, b)
+            return jax.tree.map(lambda new, like: new.astype(like.dtype), exact, found)
+
+        good = (trial.status.code == 0) & (found.status.code == 0)
+        return lax.cond(good, lambda: found, by_factor)
 
     def cost(self, system):
         return 0  # no product with dF/dy is taken
@@ -242,6 +259,19 @@ class SchurComplement(AbstractLinearSolver):
             return found._replace(products=found.products.astype(jnp.int32))
 
         return lax.cond(state.direct, by_factor, by_iteration)
+
+
+def _limit(small: int) -> int:
+    """Steps of conjugate gradients that cost clearly less than a factorization."""
+    return max(int(small * STEPS_OF_A_FACTOR), 6)
+
+
+def _trial(operator: DualHessian, system, scaled: _Scaled, small: int, condition: Array | None = None):
+    """A run of conjugate gradients for a right-hand side of many directions, each in its own scale: converged where
+    they are fast."""
+    probe = jnp.cos(1.7 * jnp.arange(1, system.size + 1, dtype=system.dtype))
+    probe = system.off_gauge(probe * jnp.sqrt(jnp.concatenate([operator.first, operator.second])))
+    return _iterate(operator, system, probe, 1e-3, scaled=scaled, condition=condition, max_steps=_limit(small))
 
 
 def _gauge_direction(system) -> Array | None:

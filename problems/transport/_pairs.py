@@ -7,8 +7,10 @@ that is forbidden: its exponential is exactly zero, and so are all derivatives t
 from __future__ import annotations
 
 import abc
+import functools
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -59,13 +61,11 @@ class Matrix(AbstractPairs):
         return Matrix(self.costs.T)
 
     def exponentials(self, f, g, epsilon):
-        allowed = self.costs != jnp.inf
-        exponent = (f[:, None] + g[None, :] - jnp.where(allowed, self.costs, 0)) / epsilon
-        return jnp.where(allowed, jnp.exp(jnp.where(allowed, exponent, 0)), 0)
+        exponent, allowed = _exponents(self.costs, f, g, epsilon)
+        return jnp.where(allowed, jnp.exp(exponent), 0)
 
     def sums(self, f, g, a, b, epsilon):
-        E = self.exponentials(f, g, epsilon)
-        return a * (E @ b), b * (a @ E)
+        return _sums(self.costs, f, g, a, b, epsilon)
 
     def products(self, f, g, a, b, epsilon, left, right):
         E = self.exponentials(f, g, epsilon)
@@ -98,6 +98,45 @@ class Matrix(AbstractPairs):
         low = jnp.min(jnp.where(finite, self.costs, jnp.inf))
         high = jnp.max(jnp.where(finite, self.costs, -jnp.inf))
         return jnp.where(high > low, high - low, 0)
+
+
+def _exponents(costs, f, g, epsilon):
+    """The exponents, zero at forbidden pairs, and where a pair is allowed."""
+    allowed = costs != jnp.inf
+    exponent = (f[:, None] + g[None, :] - jnp.where(allowed, costs, 0)) / epsilon
+    return jnp.where(allowed, exponent, 0), allowed
+
+
+@jax.custom_jvp
+def _sums(costs, f, g, a, b, epsilon):
+    E = Matrix(costs).exponentials(f, g, epsilon)
+    return a * (E @ b), b * (a @ E)
+
+
+@functools.partial(_sums.defjvp, symbolic_zeros=True)
+def _sums_along(primals, tangents):
+    """In f, g, a and b a derivative is two products of the same matrix with vectors; autodiff would form another matrix
+    for each."""
+    costs, f, g, a, b, epsilon = primals
+    d_costs, d_f, d_g, d_a, d_b, d_epsilon = (
+        None if isinstance(t, jax.custom_derivatives.SymbolicZero) else t for t in tangents
+    )
+    exponent, allowed = _exponents(costs, f, g, epsilon)
+    E = jnp.where(allowed, jnp.exp(exponent), 0)
+    ahead, back = E @ b, a @ E
+    zero = jnp.zeros_like
+    d_log_f, d_log_g = (zero(p) if d is None else d / epsilon for p, d in ((f, d_f), (g, d_g)))
+    d_a, d_b = (zero(p) if d is None else d for p, d in ((a, d_a), (b, d_b)))
+    rows = ahead * (a * d_log_f + d_a) + a * (E @ (b * d_log_g + d_b))
+    columns = back * (b * d_log_g + d_b) + b * ((a * d_log_f + d_a) @ E)
+    if d_costs is not None or d_epsilon is not None:
+        change = zero(exponent)
+        if d_costs is not None:
+            change = change - jnp.where(allowed, d_costs, 0) / epsilon
+        if d_epsilon is not None:
+            change = change - exponent * (d_epsilon / epsilon)
+        rows, columns = rows + a * ((E * change) @ b), columns + b * (a @ (E * change))
+    return (a * ahead, b * back), (rows, columns)
 
 
 def ceiling_of(g: Array) -> float:
