@@ -10,6 +10,7 @@ import pytest
 
 import bilevel
 from bilevel import BilevelProblem, ConjugateGradient, Direct, ImplicitAdjoint, Minimization
+from bilevel.adjoint import Target
 
 from .helpers import KINDS, counted, directions, distance, glm, omega, reference, relative, smooth
 
@@ -140,6 +141,25 @@ def test_neumann_is_biased_and_says_so():
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("linear_solver", [Direct(), ConjugateGradient()])
+def test_where_the_outer_function_is_flat_the_adjoint_is_zero_whatever_it_starts_from(linear_solver):
+    """A start left over from another x has a residual that no accuracy relative to G_y = 0 allows."""
+    hessian = jnp.asarray(np.diag([3.0, 5.0, 9.0, 17.0]) + 1)  # exact in binary, so that F is exactly zero
+    there = jnp.asarray([1.0, -0.5, 0.25, 2.0])
+    inner = Minimization(lambda x, y: 0.5 * y @ hessian @ y - x @ y)
+    problem = BilevelProblem(inner, lambda x, y: jnp.sum(jnp.square(y - there)))
+    target = Target(*(jnp.asarray(v) for v in (1e-6, 0.0, 1e-6)))
+    found = jax.jit(
+        lambda x, guess: ImplicitAdjoint(linear_solver).estimate(problem, x, there, target=target, guess=guess)
+    )(hessian @ there, jnp.asarray([1e-3, 2e-3, -1e-3, 5e-4]))
+    assert found.status == "converged"
+    np.testing.assert_array_equal(found.adjoint, 0)
+    np.testing.assert_array_equal(found.gradient, 0)
+    alone = BilevelProblem(inner, lambda x, y: jnp.sum(jnp.square(x)))  # an outer function without y
+    found = bilevel.hypergradient(alone, there, jnp.zeros(4), adjoint=ImplicitAdjoint(linear_solver))
+    np.testing.assert_array_equal(found.gradient, 2 * there)
+
+
 def test_min_min_is_super_efficient_without_a_correction():
     """G = f: plain implicit differentiation is already of second order, and f_x(x, y) alone is not."""
     f = CASE.problem.inner.objective

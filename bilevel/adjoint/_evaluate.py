@@ -47,12 +47,17 @@ def evaluate(problem, x, flat, unravel, solver, state, *, guess, rtol, at=None, 
         slides = (along > jnp.sqrt(eps) * size) | _changes_along(system, outer, x, flat, value)
         status = status.then(Status.where(slides, Status("gauge_dependent"), Status()))
     g_y = _without_noise(problem, x, flat, unravel, value, system.off_gauge(g_y))
+    if guess is not None:  # for no right-hand side no residual but zero is small
+        guess = jnp.where(jnp.any(g_y != 0), guess, 0)
 
     low = isinstance(solver, MixedPrecision)  # one digit will do: where float32 pays, this is the place for it
     turned = lambda v, step: _lagrangian_tangent(problem, x, unravel(flat), v, step, low)
     if named is None:
         enough = rtol * jnp.linalg.norm(g_y)
-        missing = lambda rest: jnp.clip(enough / jnp.maximum(jnp.linalg.norm(rest), enough), 1e-16, 1)
+        least = float(jnp.finfo(flat.dtype).tiny)  # G_y may be zero
+        missing = lambda rest: jnp.clip(
+            enough / jnp.maximum(jnp.linalg.norm(rest), jnp.maximum(enough, least)), 1e-16, 1
+        )
         rest = g_y
         if guess is not None:
             rest = lax.cond(jnp.any(guess != 0), lambda: g_y - system.rmv(guess), lambda: g_y)

@@ -110,8 +110,8 @@ class _Scaled(eqx.Module):
         corner, first, second = operator.coupling() / operator.epsilon, operator.first, operator.second
         near = None if self.gauge is None else (self.gauge != 0).astype(first.dtype)
         if self.left:
-            return factor_definite(schur_matrix(corner.T, 1 / second, first, near))
-        return factor_definite(schur_matrix(corner, 1 / first, second, near))
+            return factor_definite(schur_matrix(corner.T, 1 / second, first, near), steps=2)
+        return factor_definite(schur_matrix(corner, 1 / first, second, near), steps=2)
 
     def solve(self, factor: Any, b: Array) -> Array:
         """The solution, flat like b; b and the solution are off the gauge."""
@@ -211,10 +211,9 @@ class SchurComplement(AbstractLinearSolver):
         scaled = _Scaled.of(system)
         if self.direct is not None or small > DIRECT_LIMIT:
             return super().once(system, b)
-        # a factorization is kept by nobody here: it is made only where conjugate gradients are slow or see too little
-        seen = jnp.ones((), system.dtype)
-        trial = _trial(operator, system, scaled, small, condition=seen)
-        found = _iterate(operator, system, b, 0.03, scaled=scaled, condition=seen, max_steps=_limit(small))
+        # a factorization would be kept by nobody: it is made only where conjugate gradients are slow
+        trial = _trial(operator, system, scaled, small)
+        found = _iterate(operator, system, b, 0.03, scaled=scaled, condition=trial.condition, max_steps=_limit(small))
 
         def by_factor():
             prepared = _Prepared(scaled, scaled.factor(operator))
@@ -266,12 +265,12 @@ def _limit(small: int) -> int:
     return max(int(small * STEPS_OF_A_FACTOR), 6)
 
 
-def _trial(operator: DualHessian, system, scaled: _Scaled, small: int, condition: Array | None = None):
+def _trial(operator: DualHessian, system, scaled: _Scaled, small: int) -> LinearSolution:
     """A run of conjugate gradients for a right-hand side of many directions, each in its own scale: converged where
     they are fast."""
     probe = jnp.cos(1.7 * jnp.arange(1, system.size + 1, dtype=system.dtype))
     probe = system.off_gauge(probe * jnp.sqrt(jnp.concatenate([operator.first, operator.second])))
-    return _iterate(operator, system, probe, 1e-3, scaled=scaled, condition=condition, max_steps=_limit(small))
+    return _iterate(operator, system, probe, 1e-3, scaled=scaled, max_steps=_limit(small))
 
 
 def _gauge_direction(system) -> Array | None:

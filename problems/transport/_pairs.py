@@ -61,8 +61,7 @@ class Matrix(AbstractPairs):
         return Matrix(self.costs.T)
 
     def exponentials(self, f, g, epsilon):
-        exponent, allowed = _exponents(self.costs, f, g, epsilon)
-        return jnp.where(allowed, jnp.exp(exponent), 0)
+        return _exponentials(self.costs, f, g, epsilon)
 
     def sums(self, f, g, a, b, epsilon):
         return _sums(self.costs, f, g, a, b, epsilon)
@@ -74,19 +73,17 @@ class Matrix(AbstractPairs):
         return ahead, back
 
     def soft_min(self, g, b, epsilon):
-        return self.soft_min_and_terms(g, b, epsilon)[0]
+        # chosen once more, so that no derivative comes through an infinite cost
+        forbidden = Matrix(jnp.where(self.costs == jnp.inf, jnp.inf, self.costs))
+        return forbidden.soft_min_and_terms(g, b, epsilon)[0]
 
     def soft_min_and_terms(self, g, b, epsilon):
         """`soft_min`, and what it sums: (soft, top, E) with E_ij exp(top_i) = exp((g_j - c_ij) / epsilon)."""
-        allowed = (self.costs != jnp.inf) & (b > 0)[None, :]
-        exponent = jnp.where(allowed, (g[None, :] - jnp.where(allowed, self.costs, 0)) / epsilon, -jnp.inf)
-        top = lax.stop_gradient(jnp.max(exponent, axis=1))
-        top = jnp.where(jnp.isfinite(top), top, 0)
+        top = jnp.max(jnp.where(b > 0, g, -jnp.inf)[None, :] - self.costs, axis=1)
+        top = lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
         # the weights are factors, so that a weight of zero has a derivative too
-        ceiling = ceiling_of(g)
-        raw = (g[None, :] - jnp.where(self.costs != jnp.inf, self.costs, 0)) / epsilon - top[:, None]
-        terms = jnp.where(self.costs != jnp.inf, jnp.exp(jnp.minimum(raw, ceiling)), 0)
-        total = terms @ b
+        terms = jnp.exp(jnp.minimum((g[None, :] - self.costs - top[:, None]) / epsilon, ceiling_of(g)))
+        total, top = terms @ b, top / epsilon
         soft = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1)) + top, -jnp.inf)
         return soft, top, terms
 
@@ -94,22 +91,44 @@ class Matrix(AbstractPairs):
         return jnp.any((self.costs != jnp.inf) & (b > 0)[None, :], axis=1)
 
     def spread(self):
-        finite = self.costs != jnp.inf
-        low = jnp.min(jnp.where(finite, self.costs, jnp.inf))
-        high = jnp.max(jnp.where(finite, self.costs, -jnp.inf))
+        # rows first: XLA's reduction to one number at once is several times slower
+        low = jnp.min(jnp.min(self.costs, axis=1))
+        high = jnp.max(jnp.max(jnp.where(self.costs != jnp.inf, self.costs, -jnp.inf), axis=1))
         return jnp.where(high > low, high - low, 0)
 
 
-def _exponents(costs, f, g, epsilon):
-    """The exponents, zero at forbidden pairs, and where a pair is allowed."""
-    allowed = costs != jnp.inf
-    exponent = (f[:, None] + g[None, :] - jnp.where(allowed, costs, 0)) / epsilon
-    return jnp.where(allowed, exponent, 0), allowed
+@jax.custom_jvp
+def _exponentials(costs, f, g, epsilon):
+    return jnp.exp((f[:, None] + g[None, :] - costs) / epsilon)
+
+
+@functools.partial(_exponentials.defjvp, symbolic_zeros=True)
+def _exponentials_along(primals, tangents):
+    """Autodiff's, but exactly zero at forbidden pairs, whatever the tangent of an infinite cost."""
+    d_costs, d_f, d_g, d_epsilon = (_or_none(t) for t in tangents)
+    E = _exponentials(*primals)
+    change = _change_of_exponents(E, *primals, d_costs, d_epsilon)
+    if d_f is not None:
+        change = change + (d_f / primals[3])[:, None]
+    if d_g is not None:
+        change = change + (d_g / primals[3])[None, :]
+    return E, E * change
+
+
+def _change_of_exponents(E, costs, f, g, epsilon, d_costs, d_epsilon):
+    """The part of the exponents' tangent that comes from costs and epsilon, shape (n, m)."""
+    change = jnp.zeros_like(E)
+    if d_costs is not None:
+        change = change - jnp.where(E > 0, d_costs, 0) / epsilon
+    if d_epsilon is not None:
+        exponent = (f[:, None] + g[None, :] - jnp.where(E > 0, costs, 0)) / epsilon
+        change = change - jnp.where(E > 0, exponent, 0) * (d_epsilon / epsilon)
+    return change
 
 
 @jax.custom_jvp
 def _sums(costs, f, g, a, b, epsilon):
-    E = Matrix(costs).exponentials(f, g, epsilon)
+    E = _exponentials(costs, f, g, epsilon)
     return a * (E @ b), b * (a @ E)
 
 
@@ -118,25 +137,21 @@ def _sums_along(primals, tangents):
     """In f, g, a and b a derivative is two products of the same matrix with vectors; autodiff would form another matrix
     for each."""
     costs, f, g, a, b, epsilon = primals
-    d_costs, d_f, d_g, d_a, d_b, d_epsilon = (
-        None if isinstance(t, jax.custom_derivatives.SymbolicZero) else t for t in tangents
-    )
-    exponent, allowed = _exponents(costs, f, g, epsilon)
-    E = jnp.where(allowed, jnp.exp(exponent), 0)
+    d_costs, d_f, d_g, d_a, d_b, d_epsilon = (_or_none(t) for t in tangents)
+    E = _exponentials(costs, f, g, epsilon)
     ahead, back = E @ b, a @ E
-    zero = jnp.zeros_like
-    d_log_f, d_log_g = (zero(p) if d is None else d / epsilon for p, d in ((f, d_f), (g, d_g)))
-    d_a, d_b = (zero(p) if d is None else d for p, d in ((a, d_a), (b, d_b)))
+    d_log_f, d_log_g = (jnp.zeros_like(p) if d is None else d / epsilon for p, d in ((f, d_f), (g, d_g)))
+    d_a, d_b = (jnp.zeros_like(p) if d is None else d for p, d in ((a, d_a), (b, d_b)))
     rows = ahead * (a * d_log_f + d_a) + a * (E @ (b * d_log_g + d_b))
     columns = back * (b * d_log_g + d_b) + b * ((a * d_log_f + d_a) @ E)
     if d_costs is not None or d_epsilon is not None:
-        change = zero(exponent)
-        if d_costs is not None:
-            change = change - jnp.where(allowed, d_costs, 0) / epsilon
-        if d_epsilon is not None:
-            change = change - exponent * (d_epsilon / epsilon)
-        rows, columns = rows + a * ((E * change) @ b), columns + b * (a @ (E * change))
+        change = E * _change_of_exponents(E, costs, f, g, epsilon, d_costs, d_epsilon)
+        rows, columns = rows + a * (change @ b), columns + b * (a @ change)
     return (a * ahead, b * back), (rows, columns)
+
+
+def _or_none(tangent):
+    return None if isinstance(tangent, jax.custom_derivatives.SymbolicZero) else tangent
 
 
 def ceiling_of(g: Array) -> float:
