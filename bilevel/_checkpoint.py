@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from ._oracle import Evaluation
 from ._trees import closed_over
 
-_FORMAT = "bilevel-minimize-1"
+_FORMAT = "bilevel-minimize-2"
 
 
 def fingerprint(problem: PyTree, x0: PyTree, y0: PyTree, bounds: PyTree, method: Any) -> str:
@@ -92,4 +92,4 @@ def read(path: Path, mark: str) -> list[Evaluation]:
             "or remove it to start afresh."
         )
     rows = zip(*columns, strict=True)
-    return [Evaluation(x, float(v), g, float(e), y, a, bool(f)) for x, v, g, e, y, a, f in rows]
+    return [Evaluation(x, float(v), g, float(e), y, a, bool(f), float(s)) for x, v, g, e, y, a, f, s in rows]

@@ -17,6 +17,7 @@ from .errors import NotConverged
 from .hypergradient import search
 from .linear import DENSE_LIMIT
 
+_MARGIN = 0.15  # of the error allowed (a third is), at which the first evaluation at a new x aims
 _FIRST = 1e-3  # relative accuracy of the first hypergradient, before anything is known
 _SHARE = 1e-1  # afterwards: error against the projected gradient, which is all that an outer step sees (both Euclidean)
 
@@ -34,6 +35,7 @@ class Evaluation(NamedTuple):
     y: np.ndarray
     adjoint: np.ndarray
     at_floor: bool
+    slope: float = float("nan")  # the gradient's error per length of the Newton step in y still to go, where known
 
 
 def length(v: np.ndarray) -> float:
@@ -63,6 +65,7 @@ class Oracle:
         self.scale = 1.0
         self.size: float | None = None
         self.length = 0.0
+        self.slope = float("nan")
         self.recorded = list(recorded)
         self.replayed = len(self.recorded)
         self.count = 0
@@ -104,7 +107,7 @@ class Oracle:
         self.count += 1
         self.y = np.asarray(found.y, self.y.dtype)
         self.guess = np.asarray(found.adjoint, self.y.dtype)
-        self.length = length(found.gradient)
+        self.length, self.slope = length(found.gradient), found.slope
         return found
 
     def _compute(self, x: np.ndarray) -> Evaluation:
@@ -118,7 +121,8 @@ class Oracle:
             rtol, atol = float(jnp.finfo(self.dtype).tiny), max(least, _SHARE * self.size)
         guess = np.zeros_like(self.y) if self.guess is None else self.guess
         aim = max(rtol, 0.3 * atol / self.length) if self.length > 0 else rtol
-        goals = tuple(np.asarray(goal, self.dtype) for goal in (rtol, atol, aim))
+        step = _MARGIN * max(rtol * self.length, atol) / self.slope if self.slope > 0 else np.inf
+        goals = tuple(np.asarray(goal, self.dtype) for goal in (rtol, atol, aim, step))
         copies = kept_copies((self.problem.inner, self.problem.outer))
         settings = (self.solver, self.adjoint, self.max_inner_steps, guess, copies)
 
@@ -145,17 +149,18 @@ class Oracle:
         self.inner_steps += int(result.steps)
         self.evaluations += int(result.evaluations)
         self.products += int(result.products)
-        value, adjoint = extras
+        value, adjoint, step = extras
+        error = float(result.error)
         return Evaluation(
-            x, float(value), on_host(result.gradient, np.float64), float(result.error),
-            on_host(result.y, self.y.dtype), np.asarray(adjoint), word == "round_off",
+            x, float(value), on_host(result.gradient, np.float64), error, on_host(result.y, self.y.dtype),
+            np.asarray(adjoint), word == "round_off", error / float(step) if step > 0 else float("nan"),
         )  # fmt: skip
 
 
 @compiled
 def _evaluate(problem, x, y, goals, solver, adjoint, max_steps, guess, copies):
-    rtol, atol, aim = goals
-    result, _, (v, value) = search(
-        problem, x, y, rtol, atol, solver, adjoint, max_steps, True, guess, aim, copies, differentiable=False
+    rtol, atol, aim, step = goals
+    result, _, (v, value, left) = search(
+        problem, x, y, rtol, atol, solver, adjoint, max_steps, True, guess, aim, step, copies, differentiable=False
     )
-    return result, (value, v)  # not `result.value`: line searches must see what the gradient promises
+    return result, (value, v, left)  # not `result.value`: line searches must see what the gradient promises

@@ -34,11 +34,29 @@ class Setting(NamedTuple):
 
     def optimality(self, found: Evaluation) -> float:
         """The largest entry of the projected gradient."""
-        return float(np.max(np.abs(self.projected(found)), initial=0.0))
+        return largest(self.projected(found))
 
 
-def lbfgsb(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation], bool]) -> str:
-    """SciPy's L-BFGS-B; returns its last word. `on_step` is told each accepted point and says whether to go on."""
+class Ending(NamedTuple):
+    """Why a method ended, for where neither the accuracy nor max_steps was reached: its part that did (`cause`) and its
+    last word. `round_off`: where gradients are no better than their errors, that is the cause."""
+
+    cause: str
+    said: str
+    round_off: bool = True
+
+
+LINE_SEARCH, TRUST_REGION = "the line search", "the trust region"
+DONE = Ending("on_step", "stopped")
+
+
+def largest(v: np.ndarray) -> float:
+    """The largest absolute entry, 0 if there is none."""
+    return float(np.max(np.abs(v), initial=0.0))
+
+
+def lbfgsb(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation], bool]) -> Ending:
+    """SciPy's L-BFGS-B. `on_step` is told each accepted point and says whether to go on."""
     import scipy.optimize as so
 
     start = oracle(setting.project(oracle.x0))
@@ -50,9 +68,9 @@ def lbfgsb(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation], boo
         recent[:] = [*recent[-_RECENT:], found]
         lowest.append(min(lowest[-1], found.value))
         if kink:
-            raise _Ended("a minimum at a kink, where the gradient jumps")
+            raise _Ended(LINE_SEARCH, "a minimum at a kink, where the gradient jumps")
         if len(lowest) > _WINDOW and lowest[-1 - _WINDOW] - lowest[-1] < setting.ftol * abs(lowest[-1]):
-            raise _Ended(f"{_WINDOW} evaluations lowered the value by less than ftol")
+            raise _Ended("ftol", f"{_WINDOW} evaluations lowered the value by less than ftol", False)
         return found.value, found.gradient
 
     def callback(intermediate_result):
@@ -61,7 +79,7 @@ def lbfgsb(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation], boo
             raise StopIteration
 
     if not on_step(start):
-        return "at the start"
+        return DONE
     bounds = so.Bounds(setting.lower, setting.upper)  # pyright: ignore[reportArgumentType]
     options = {"maxiter": setting.max_steps, "maxfun": 20 * setting.max_steps, "ftol": 0.0, "gtol": 0.0, "maxcor": 20}
     try:
@@ -72,8 +90,8 @@ def lbfgsb(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation], boo
         best = min(recent, key=lambda e: e.value)
         if best.value < accepted[0].value:
             on_step(best)
-        return str(why)
-    return str(out.message)
+        return Ending(*why.args)
+    return Ending(LINE_SEARCH, str(out.message))
 
 
 class _Ended(Exception):
@@ -91,7 +109,7 @@ def kink_between(one: Evaluation, other: Evaluation, setting: Setting, scale: fl
     would close in on it to the last bit, over and over. The lower point is off by less than its slope times the gap.
     """
     gap = other.x - one.x
-    size = float(np.max(np.abs(gap), initial=0.0))
+    size = largest(gap)
     if not 0 < size <= max(_CLOSE, 0.1 * setting.tol) * max(1.0, float(np.max(np.abs(one.x)))):
         return False
     first, second = (_free(found, setting) for found in (one, other))
@@ -110,7 +128,7 @@ def _free(found: Evaluation, setting: Setting) -> np.ndarray:
 
 def newton_cg(
     oracle: Oracle, setting: Setting, on_step, product: Callable[[np.ndarray, np.ndarray], np.ndarray]
-) -> str:
+) -> Ending:
     """SciPy's truncated Newton method in a trust region, with products of the Hessian of h."""
     import scipy.optimize as so
 
@@ -128,15 +146,15 @@ def newton_cg(
     start = oracle(oracle.x0)
     last = [start.x]
     if not on_step(start):
-        return "at the start"
+        return DONE
     options = {"maxiter": 5 * setting.max_steps, "gtol": 0.0}
     out = so.minimize(
         function, oracle.x0, jac=True, hessp=product, method="trust-ncg", callback=callback, options=options
     )
-    return str(out.message)
+    return Ending(TRUST_REGION, str(out.message))
 
 
-def optax_steps(optimizer: Any, oracle: Oracle, setting: Setting, on_step, value_fn: Callable) -> str:
+def optax_steps(optimizer: Any, oracle: Oracle, setting: Setting, on_step, value_fn: Callable) -> Ending:
     """Any optax optimizer, its iterates projected on the bounds."""
     import optax
 
@@ -155,15 +173,15 @@ def optax_steps(optimizer: Any, oracle: Oracle, setting: Setting, on_step, value
     for _ in range(setting.max_steps + 1):
         found = oracle(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(x)]))
         if not on_step(found):
-            return "stopped"
+            return DONE
         gradient = unravel(jnp.asarray(found.gradient, dtype))
         x, state = update(gradient, state, x, jnp.asarray(found.value, dtype))
         flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(x)])
         x = unravel(jnp.asarray(setting.project(flat), dtype))
-    return "max_steps"
+    return DONE
 
 
-def proximal_gradient(oracle: Oracle, setting: Setting, on_step) -> str:
+def proximal_gradient(oracle: Oracle, setting: Setting, on_step) -> Ending:
     """x <- prox(x - t g, t) with Barzilai-Borwein steps and a nonmonotone line search (SpaRSA, Wright et al. 2009)."""
     prox, penalty = setting.prox, setting.penalty
     assert prox is not None
@@ -172,7 +190,7 @@ def proximal_gradient(oracle: Oracle, setting: Setting, on_step) -> str:
     recent = [total(found)]
     t = 1.0 / max(1.0, float(np.linalg.norm(found.gradient)))
     if not on_step(found):
-        return "at the start"
+        return DONE
     for _ in range(setting.max_steps):
         for _ in range(40):
             new = oracle(prox(found.x - t * found.gradient, t))
@@ -184,11 +202,11 @@ def proximal_gradient(oracle: Oracle, setting: Setting, on_step) -> str:
                 break
             t *= 0.4
         else:
-            return "the line search found no decrease"
+            return Ending(LINE_SEARCH, "the line search found no decrease")
         bend = float(move @ (new.gradient - found.gradient))
         t = min(max(size / bend, 1e-10), 1e10) if bend > 0 else 2 * t
         found = new
         recent = [*recent[-4:], total(found)]
         if not on_step(found):
-            return "stopped"
-    return "max_steps"
+            return DONE
+    return DONE

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._oracle import Evaluation, Oracle, length
-from ._outer import Setting
+from ._outer import DONE, TRUST_REGION, Ending, Setting, largest
 from .errors import NotConverged
 
 _ACCEPTED, _POOR, _GOOD = 1e-4, 0.1, 0.7  # decrease against the model's: of steps taken, and of radii changed
@@ -25,14 +25,14 @@ _ROUNDS, _FACE = 50, 1e-2  # of faces tried for one step; share of a slope that 
 _SMALL, _INSIDE = 1e-9, 1e-10  # of the gradient that the step's minimum, and that on one face, leave
 
 
-def trust_region(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation], bool]) -> str:
+def trust_region(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation], bool]) -> Ending:
     """Damped BFGS (Powell 1978), each step the minimum of the model in the box of bounds and radius (Conn, Gould,
     Toint 1988); refused points count as well, for the matrix, and a point without a hypergradient is refused.
-    `on_step` is told each accepted point and says whether to go on. Returns its last word; raises `NotConverged` where
-    no radius leads to a point with a hypergradient."""
+    `on_step` is told each accepted point and says whether to go on. Raises `NotConverged` where no radius leads to a
+    point with a hypergradient."""
     found = oracle(setting.project(oracle.x0))
     if not on_step(found):
-        return "at the start"
+        return DONE
     eps = float(jnp.finfo(oracle.dtype).eps)
     identity = np.eye(found.x.size)
     matrix = identity * max(length(found.gradient), np.finfo(float).tiny)  # a first step of length one
@@ -47,12 +47,13 @@ def trust_region(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation
             fall = -float(found.gradient @ move + 0.5 * move @ matrix @ move)
             steepness = float(found.gradient @ found.gradient)
         if not np.isfinite(fall) or not np.isfinite(steepness):
-            return "the trust region met values too large to compute with; is h unbounded below"
-        size = float(np.max(np.abs(move), initial=0.0))
-        if size <= eps * max(1.0, float(np.max(np.abs(found.x)))) or not fall > 0:
+            said = "it met values too large to compute with; is h unbounded below"
+            return Ending(TRUST_REGION, said, round_off=False)
+        size = largest(move)
+        if size <= eps * max(1.0, largest(found.x)) or not fall > 0:
             if failure is not None:
                 raise failure
-            return "the trust region shrank to nothing"
+            return Ending(TRUST_REGION, "it shrank to nothing")
         try:
             new = oracle(x)
         except NotConverged as error:
@@ -79,8 +80,8 @@ def trust_region(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation
         if ratio > _ACCEPTED:
             found, failure = new, None
             if not on_step(found):
-                return "stopped"
-    return "the trust region took its most evaluations"
+                return DONE
+    return Ending(TRUST_REGION, "it took its most evaluations")
 
 
 def with_directions(basis: np.ndarray, *vectors: np.ndarray) -> np.ndarray:

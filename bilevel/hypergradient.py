@@ -201,17 +201,17 @@ def _hypergradient(problem, x, y0, rtol, atol, solver, adjoint, max_steps, copie
 
 
 def search(
-    problem, x, y0, rtol, atol, solver, adjoint, max_steps, newton_first, guess=None, aim=None, copies=(),
+    problem, x, y0, rtol, atol, solver, adjoint, max_steps, newton_first, guess=None, aim=None, step=None, copies=(),
     differentiable=True,
 ):  # fmt: skip
-    """The traced body of `hypergradient`: `(Hypergradient, whether x enters the inner problem, (v, h(x)))`, v flat, h
-    to third order. `copies`: of `kept_copies((inner, outer))`. `differentiable`: the result may be differentiated
-    again."""
+    """The traced body of `hypergradient`: `(Hypergradient, whether x enters the inner problem, (v, h(x), s))`, v flat,
+    h to third order, s the length of the Newton step still to go. `aim`, `step`: of the `Target`. `copies`: of
+    `kept_copies((inner, outer))`. `differentiable`: the result may be differentiated again."""
 
     def work(x, y0):
         flat, unravel = ravel(y0)
         goals = (rtol, atol, rtol if aim is None else aim)
-        target = Target(*(goal.astype(flat.dtype) for goal in goals))
+        target = Target(*(goal.astype(flat.dtype) for goal in goals), step=step)
 
         def attempt(y):
             found = adjoint.estimate(problem, x, y, target=target, guess=guess)
@@ -239,7 +239,11 @@ def search(
         found = out.found
         status = outcome(found.status, out.reached, found.at_floor, out.steps >= max_steps, max_steps)
         fields = _package(found, unravel, out.reached, status, out.steps, out.evaluations, out.products)
-        return fields[0], (*fields[1], found.inner_touches_x, (found.adjoint, found.refined))
+        return fields[0], (
+            *fields[1],
+            found.inner_touches_x,
+            (found.adjoint, found.refined, jnp.linalg.norm(found.step)),
+        )
 
     if differentiable:
         found, (*facts, touches, extras) = differentiable_estimate(problem, x, y0, work, adjoint)

@@ -159,7 +159,7 @@ def minimize(
     loop = _Loop(oracle, setting, callback, path, mark, progress)
     with loop:
         if prox is not None:
-            said = outer.proximal_gradient(oracle, setting, loop.on_step)
+            end = outer.proximal_gradient(oracle, setting, loop.on_step)
         elif method == "newton-cg":
 
             def product(x, v):
@@ -167,19 +167,19 @@ def minimize(
                 y = oracle.unravel_y(jnp.asarray(oracle(x).y))
                 return np.asarray(ravel_like(hessian_vector_product(problem, at, y, along), oracle.dtype), np.float64)
 
-            said = outer.newton_cg(oracle, setting, loop.on_step, product)
+            end = outer.newton_cg(oracle, setting, loop.on_step, product)
         elif method == "trust-region":
-            said = trust_region(oracle, setting, loop.on_step)
+            end = trust_region(oracle, setting, loop.on_step)
         elif isinstance(method, str):
-            said = outer.lbfgsb(oracle, setting, loop.on_step)
+            end = outer.lbfgsb(oracle, setting, loop.on_step)
         else:
 
             def value_fn(x):
                 y = oracle.unravel_y(oracle.y)
                 return hypergradient(problem, x, y, solver=solver, adjoint=adjoint).value
 
-            said = outer.optax_steps(method, oracle, setting, loop.on_step, value_fn)
-    return loop.result(said)
+            end = outer.optax_steps(method, oracle, setting, loop.on_step, value_fn)
+    return loop.result(end)
 
 
 class _Loop:
@@ -208,7 +208,7 @@ class _Loop:
         """Takes note of an accepted point; whether to go on."""
         setting, oracle = self.setting, self.oracle
         projected = setting.projected(found)
-        size = float(np.max(np.abs(projected), initial=0.0))
+        size = outer.largest(projected)
         oracle.wants(length(projected), oracle.scale if self.history else max(1.0, size))
         # nothing smaller than the gradient's own error can be told from zero
         self.converged = size <= setting.tol * oracle.scale and not (found.error > setting.tol * oracle.scale)
@@ -229,7 +229,7 @@ class _Loop:
             self.bar.set_postfix_str(f"value {state.value:.6g}, |g| {size:.2e}, error {found.error:.1e}")
         return not self.converged and state.step < setting.max_steps
 
-    def result(self, said: str) -> Result:
+    def result(self, end: outer.Ending) -> Result:
         """The `Result` of the last accepted point."""
         oracle, setting, state, last = self.oracle, self.setting, self.history[-1], self.last
         assert last is not None
@@ -242,14 +242,10 @@ class _Loop:
                 f"max_steps = {setting.max_steps} reached with a projected gradient of {size:.2e} (wanted {bound:.2e})"
             )
         else:
-            cause = "the trust region" if said.startswith("the trust region") else "the line search"
-            if (last.at_floor or last.error > 0.1 * size) and "too large" not in said:
-                cause = "the round-off floor"
-            if said.endswith("ftol"):
-                cause = "ftol"
+            floor = end.round_off and (last.at_floor or last.error > 0.1 * size)
             message = (
-                f"{cause} ended it with a projected gradient of {size:.2e} (wanted {bound:.2e}) and a hypergradient "
-                f"error of {last.error:.1e}: {said.strip().rstrip('.')}"
+                f"{'the round-off floor' if floor else end.cause} ended it with a projected gradient of {size:.2e} "
+                f"(wanted {bound:.2e}) and a hypergradient error of {last.error:.1e}: {end.said.strip().rstrip('.')}"
             )
         return Result(
             state.x, state.y, state.value, state.gradient, state.error, self.history, self.converged, message,

@@ -160,6 +160,29 @@ def test_where_the_outer_function_is_flat_the_adjoint_is_zero_whatever_it_starts
     np.testing.assert_array_equal(found.gradient, 2 * there)
 
 
+def test_matrix_free_steps_go_as_far_as_the_target_says():
+    """Newton steps solved loosely, until the one still to go is as short as what was seen to do elsewhere; an error
+    that allows nothing (rtol = 1) would end them at the first."""
+    rng = np.random.default_rng(2)
+    A, b = jnp.asarray(rng.normal(size=(60, 30))), jnp.asarray(rng.normal(size=60))
+    inner = Minimization(lambda x, y: jnp.sum(jnp.logaddexp(0.0, b * (A @ y))) + 0.5 * jnp.exp(x) * jnp.sum(y**2))
+    problem = BilevelProblem(inner, lambda x, y: jnp.sum(jnp.square(A[:10] @ y - 1)))
+    x, y = jnp.asarray(-1.0), jnp.zeros(30)
+
+    @jax.jit
+    def left(step):
+        target = Target(*(jnp.asarray(v) for v in (1.0, 0.0, 1.0)), step=step)
+        found = ImplicitAdjoint(ConjugateGradient()).estimate(problem, x, y, target=target)
+        return jnp.linalg.norm(found.step), found.evaluations, found.status.code
+
+    (unknown, few, _), *known = [left(jnp.asarray(step)) for step in (np.inf, 1e-3, 1e-6, 1e-9)]
+    assert unknown > 1e-3
+    for goal, (step, evaluations, code) in zip((1e-3, 1e-6, 1e-9), known, strict=True):
+        assert code == 0
+        assert step < 2 * goal
+        assert evaluations > few
+
+
 def test_min_min_is_super_efficient_without_a_correction():
     """G = f: plain implicit differentiation is already of second order, and f_x(x, y) alone is not."""
     f = CASE.problem.inner.objective

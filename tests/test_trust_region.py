@@ -123,9 +123,10 @@ def test_directions_form_an_orthonormal_basis():
 
 def test_it_ends_where_round_off_ends_it():
     noisy = lambda x: (1 + np.sum(x**2) + 1e-9 * np.sin(1e9 * x[0]), 2 * x + 1e-9 * (2 + np.cos(1e9 * x)))
-    found, count, said = run(noisy, np.ones(3), tol=0.0, noise=3e-9)
+    found, count, end = run(noisy, np.ones(3), tol=0.0, noise=3e-9)
     np.testing.assert_allclose(found.x, 0, atol=1e-3)
-    assert said.startswith("the trust region")
+    assert end.cause == "the trust region"
+    assert end.round_off
     assert count < 500
 
 

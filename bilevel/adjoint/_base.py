@@ -27,11 +27,14 @@ UNUSABLE = ("singular", "not_a_minimum", "non_finite", "gauge_dependent", "not_a
 
 class Target(NamedTuple):
     """The accuracy wanted of a hypergradient: converged means 3 error <= max(rtol |gradient|, atol); `aim` is the
-    relative accuracy that this is expected to come to, by which the linear solves are first judged."""
+    relative accuracy that this is expected to come to, by which the linear solves are first judged. `step`: the length
+    of the Newton step still to go that is expected to do, infinite where nothing is known of it, None where nothing
+    ever is."""
 
     rtol: jax.Array
     atol: jax.Array
     aim: jax.Array
+    step: jax.Array | None = None
 
     def allows(self, gradient: PyTree, error: jax.Array) -> jax.Array:
         size = trees.norm(gradient)

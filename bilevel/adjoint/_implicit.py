@@ -24,6 +24,8 @@ from ._rule import implicit
 
 _CHORDS = 8  # corrections with one factorization before a new one is made
 _STALE = 0.3  # relative residual up to which a factorization from elsewhere may stand in for the one here
+_LOOSE = 0.1  # relative residual of a Newton step that others may follow: |F| seldom falls further where F is curved
+_SLOW = 0.9  # fall of |F| up to which they are worth taking: each costs a fraction of an evaluation
 _CONTRACTION = 0.5  # residuals must fall at least by this factor for an error estimate to be trusted
 
 
@@ -125,6 +127,10 @@ def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess, rough: flo
     if rough is None:
         rough = 1e-3 if target is None else 0.03
     forcing = 1e-3 if target is None else jnp.clip(target.aim, 1e-3, 1e-2)
+    stepwise = improving and not solver.keeps and not solver.limited and goal.step is not None
+    if stepwise:  # more steps follow where they are wanted: none is solved further than it goes
+        known: Any = goal.step
+        forcing = jnp.where(jnp.isfinite(known), _LOOSE, forcing)
     moved = correct(
         correction, solver, inner, x, flat, unravel, guard=adjoint.guard, loose=target is not None, forcing=forcing
     )
@@ -141,8 +147,9 @@ def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess, rough: flo
         named, helper = (solver, moved.state), choose(None, inner, x, y)
         prepared = helper.prepare(moved.at[1])
     here, at, extra, last = moved.flat, moved.at, jnp.zeros((), jnp.int32), moved.moved
-    if improving and solver.keeps:
-        here, extra, last = _descend(inner, x, unravel, solver, moved, goal)
+    more = jnp.zeros((), jnp.int32)
+    if improving and (solver.keeps or stepwise):
+        here, extra, last, more = _descend(inner, x, unravel, solver, moved, goal)
         at = None
     judge = lambda found: _judge(found, moved, last, newton, helper, inner, x, unravel, limited=named is not None)
     if problem.value_only and newton:  # without Newton's step the adjoint's is the one solve, and worth an order
@@ -158,7 +165,7 @@ def _estimate(adjoint: ImplicitAdjoint, problem, x, y, target, guess, rough: flo
             problem, x, here, unravel, helper, prepared, guess=guess, rtol=rtol, at=at, named=named, rough=rough
         )
         found = found._replace(status=judge(found))
-    found = found._replace(evaluations=found.evaluations + extra)
+    found = found._replace(evaluations=found.evaluations + extra, products=found.products + more)
     inexact = (found.status.code == Status("correction_rejected").code) | (
         found.status.code == Status("estimate_untrusted").code
     )
@@ -205,33 +212,57 @@ def _tiny(found: Estimate) -> jax.Array:
 
 
 def _descend(inner, x, unravel, solver, moved, target: Target):
-    """Steps with the factorization there is while they pay: until the step is small against the accuracy wanted."""
+    """Further Newton steps while they pay: `(point, evaluations of F, length of the last step, products)`. A
+    factorization that is kept gives each at once, and they end where one is short against the accuracy wanted. Without
+    one a step takes products, and is taken where the one still to go, guessed from how |F| fell, is longer than what
+    the target says will do."""
     small = jnp.clip(target.aim.astype(moved.flat.dtype), 1e-12, 1e-3)
+    enough: Any = target.step
     residual, system = moved.at
+    zero = jnp.zeros((), jnp.int32)
 
-    def step_at(residual, system):
-        step = system.off_gauge(solver.approximate(moved.state, system, residual).value)
-        return jnp.where(jnp.all(jnp.isfinite(step)), step, 0)
+    def solved(residual, system, rtol):
+        found = solver.approximate(moved.state, system, residual, rtol=rtol)
+        step = system.off_gauge(found.value)
+        return jnp.where(jnp.all(jnp.isfinite(step)), step, 0), jnp.asarray(found.products, jnp.int32)
+
+    def propose(point, residual, system, size, last, taken, lower):
+        """The next step, whether to take it, and the products it took."""
+        if solver.keeps:
+            step, products = solved(residual, system, 0.03)
+            worth = jnp.linalg.norm(step) > small * jnp.linalg.norm(point)
+            return step, lower & (size <= _CONTRACTION * last) & worth, products
+        fall = size / jnp.where(last > 0, last, 1)  # that of the next step is its square, at best
+        ahead = taken * fall
+        go = lower & (fall <= _SLOW) & (ahead > enough)
+        wanted = 0.5 * enough / jnp.where(ahead > 0, ahead, 1)
+        rtol = jnp.clip(jnp.maximum(wanted, 0.5 * fall**2), 1e-3, _LOOSE)
+        step, products = lax.cond(
+            go, lambda: solved(residual, system, rtol), lambda: (jnp.zeros_like(point), jnp.zeros_like(zero))
+        )
+        return step, go, products
 
     def unfinished(carry):
-        point, size, last, step, count, _ = carry
-        worth = jnp.linalg.norm(step) > small * jnp.linalg.norm(point)
-        return worth & (size <= _CONTRACTION * last) & (count < 2 * _CHORDS)
+        *_, go, count, _ = carry
+        return go & (count < 2 * _CHORDS)
 
     def body(carry):
-        point, size, _, step, count, taken = carry
+        point, size, step, taken, _, count, products = carry
         new = point - step
         residual, system = linear_system(inner, x, unravel(new))
         new_size = jnp.linalg.norm(residual)
         lower = new_size < size
-        new_step = jnp.where(lower, step_at(residual, system), 0)
         taken = jnp.where(lower, jnp.linalg.norm(step), taken)
-        return jnp.where(lower, new, point), jnp.where(lower, new_size, size), size, new_step, count + 1, taken
+        next_step, go, spent = propose(new, residual, system, new_size, size, taken, lower)
+        point, size = jnp.where(lower, new, point), jnp.where(lower, new_size, size)
+        return point, size, next_step, taken, go, count + 1, products + spent
 
-    zero = jnp.zeros((), jnp.int32)
-    start = (moved.flat, moved.after, moved.before, step_at(residual, system), zero, moved.moved)
-    point, _, _, _, count, taken = lax.while_loop(unfinished, body, start)
-    return point, count, taken
+    step, go, products = propose(
+        moved.flat, residual, system, moved.after, moved.before, moved.moved, jnp.asarray(True)
+    )
+    start = (moved.flat, moved.after, step, moved.moved, go, zero, products)
+    point, _, _, taken, _, count, products = lax.while_loop(unfinished, body, start)
+    return point, count, taken, products
 
 
 def _improve(evaluated: Callable, here, solver, guess, judge, target: Target, rtol) -> Estimate:

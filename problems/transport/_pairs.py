@@ -106,12 +106,13 @@ def _exponentials(costs, f, g, epsilon):
 def _exponentials_along(primals, tangents):
     """Autodiff's, but exactly zero at forbidden pairs, whatever the tangent of an infinite cost."""
     d_costs, d_f, d_g, d_epsilon = (_or_none(t) for t in tangents)
-    E = _exponentials(*primals)
-    change = _change_of_exponents(E, *primals, d_costs, d_epsilon)
+    costs, f, g, epsilon = primals
+    E = _exponentials(costs, f, g, epsilon)
+    change = _change_of_exponents(E, costs, f, g, epsilon, d_costs, d_epsilon)
     if d_f is not None:
-        change = change + (d_f / primals[3])[:, None]
+        change = change + (d_f / epsilon)[:, None]
     if d_g is not None:
-        change = change + (d_g / primals[3])[None, :]
+        change = change + (d_g / epsilon)[None, :]
     return E, E * change
 
 
