@@ -178,7 +178,7 @@ def unbounded_below(inner, x, y0, y) -> str | None:
         if not bool(trees.all_finite(start)) or inner.objective_at(x, start) is None or flat.size > 2000:
             continue
         gradient = trees.ravel_like(inner.optimality(x, start), flat.dtype)
-        directions = [-np.asarray(gradient)]
+        directions = [-np.asarray(gradient, np.float64)]  # whose square float32 may not hold
         hessian = np.asarray(jax.hessian(lambda p, u=unravel: inner.objective_at(x, u(p)))(flat), np.float64)
         if np.all(np.isfinite(hessian)):
             values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)

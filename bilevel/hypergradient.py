@@ -211,7 +211,9 @@ def search(
     def work(x, y0):
         flat, unravel = ravel(y0)
         goals = (rtol, atol, rtol if aim is None else aim)
-        target = Target(*(goal.astype(flat.dtype) for goal in goals), step=step)
+        target = Target(
+            *(goal.astype(flat.dtype) for goal in goals), step=None if step is None else step.astype(flat.dtype)
+        )
 
         def attempt(y):
             found = adjoint.estimate(problem, x, y, target=target, guess=guess)

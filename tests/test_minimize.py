@@ -280,3 +280,20 @@ def test_outer_functions_that_are_not_defined_everywhere():
         bilevel.hypergradient(edge, -1.0, 0.0)
     with pytest.raises(bilevel.NotConverged, match="outer function"):  # wherever the trust region asks
         bilevel.minimize(identity(lambda y: jnp.where(y == 1, -y, jnp.nan)), 1.0, 1.0, method="trust-region")
+
+
+@pytest.mark.long
+def test_matrix_free_with_another_dtype_for_y():
+    """x in float64, y in float32; without bounds the penalties grow beyond what float32 holds, and that is said."""
+    rng = np.random.default_rng(0)
+    A, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((60, 30), 60))
+    penalty = lambda x, y: 0.5 * jnp.sum(jnp.exp(x.astype(y.dtype)) * y**2)
+    inner = bilevel.Minimization(lambda x, y: jnp.sum(jnp.logaddexp(jnp.float32(0), b * (A @ y))) + penalty(x, y))
+    problem = bilevel.BilevelProblem(inner, lambda x, y: jnp.sum(jnp.square(A[:10] @ y - 1)).astype(jnp.float64))
+    start = jnp.zeros(30), jnp.zeros(30, jnp.float32)
+    matrix_free = bilevel.ImplicitAdjoint(bilevel.ConjugateGradient())
+    result = bilevel.minimize(problem, *start, adjoint=matrix_free, tol=1e-2, bounds=(-3.0, 3.0))
+    assert result.converged
+    assert result.y.dtype == jnp.float32
+    with pytest.raises(bilevel.NotConverged, match="NaN or infinite values"):
+        bilevel.minimize(problem, *start, adjoint=matrix_free, tol=1e-3)
