@@ -7,10 +7,8 @@ that is forbidden: its exponential is exactly zero, and so are all derivatives t
 from __future__ import annotations
 
 import abc
-import functools
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -61,10 +59,15 @@ class Matrix(AbstractPairs):
         return Matrix(self.costs.T)
 
     def exponentials(self, f, g, epsilon):
-        return _exponentials(self.costs, f, g, epsilon)
+        return jnp.exp((f[:, None] + g[None, :] - _finite(self.costs)) / epsilon)
 
     def sums(self, f, g, a, b, epsilon):
-        return _sums(self.costs, f, g, a, b, epsilon)
+        # potentials enter by factors that are one here: so a derivative along them is two products of the one matrix
+        # with vectors, where differentiating the matrix would form another
+        near_f, near_g = lax.stop_gradient((f, g))
+        E = self.exponentials(near_f, near_g, epsilon)
+        left, right = a * jnp.exp((f - near_f) / epsilon), b * jnp.exp((g - near_g) / epsilon)
+        return left * (E @ right), right * (left @ E)
 
     def products(self, f, g, a, b, epsilon, left, right):
         E = self.exponentials(f, g, epsilon)
@@ -73,16 +76,14 @@ class Matrix(AbstractPairs):
         return ahead, back
 
     def soft_min(self, g, b, epsilon):
-        # chosen once more, so that no derivative comes through an infinite cost
-        forbidden = Matrix(jnp.where(self.costs == jnp.inf, jnp.inf, self.costs))
-        return forbidden.soft_min_and_terms(g, b, epsilon)[0]
+        return self.soft_min_and_terms(g, b, epsilon)[0]
 
     def soft_min_and_terms(self, g, b, epsilon):
         """`soft_min`, and what it sums: (soft, top, E) with E_ij exp(top_i) = exp((g_j - c_ij) / epsilon)."""
         top = jnp.max(jnp.where(b > 0, g, -jnp.inf)[None, :] - self.costs, axis=1)
         top = lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
         # the weights are factors, so that a weight of zero has a derivative too
-        terms = jnp.exp(jnp.minimum((g[None, :] - self.costs - top[:, None]) / epsilon, ceiling_of(g)))
+        terms = jnp.exp(jnp.minimum((g[None, :] - _finite(self.costs) - top[:, None]) / epsilon, ceiling_of(g)))
         total, top = terms @ b, top / epsilon
         soft = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1)) + top, -jnp.inf)
         return soft, top, terms
@@ -97,62 +98,10 @@ class Matrix(AbstractPairs):
         return jnp.where(high > low, high - low, 0)
 
 
-@jax.custom_jvp
-def _exponentials(costs, f, g, epsilon):
-    return jnp.exp((f[:, None] + g[None, :] - costs) / epsilon)
-
-
-@functools.partial(_exponentials.defjvp, symbolic_zeros=True)
-def _exponentials_along(primals, tangents):
-    """Autodiff's, but exactly zero at forbidden pairs, whatever the tangent of an infinite cost."""
-    d_costs, d_f, d_g, d_epsilon = (_or_none(t) for t in tangents)
-    costs, f, g, epsilon = primals
-    E = _exponentials(costs, f, g, epsilon)
-    change = _change_of_exponents(E, costs, f, g, epsilon, d_costs, d_epsilon)
-    if d_f is not None:
-        change = change + (d_f / epsilon)[:, None]
-    if d_g is not None:
-        change = change + (d_g / epsilon)[None, :]
-    return E, E * change
-
-
-def _change_of_exponents(E, costs, f, g, epsilon, d_costs, d_epsilon):
-    """The part of the exponents' tangent that comes from costs and epsilon, shape (n, m)."""
-    change = jnp.zeros_like(E)
-    if d_costs is not None:
-        change = change - jnp.where(E > 0, d_costs, 0) / epsilon
-    if d_epsilon is not None:
-        exponent = (f[:, None] + g[None, :] - jnp.where(E > 0, costs, 0)) / epsilon
-        change = change - jnp.where(E > 0, exponent, 0) * (d_epsilon / epsilon)
-    return change
-
-
-@jax.custom_jvp
-def _sums(costs, f, g, a, b, epsilon):
-    E = _exponentials(costs, f, g, epsilon)
-    return a * (E @ b), b * (a @ E)
-
-
-@functools.partial(_sums.defjvp, symbolic_zeros=True)
-def _sums_along(primals, tangents):
-    """In f, g, a and b a derivative is two products of the same matrix with vectors; autodiff would form another matrix
-    for each."""
-    costs, f, g, a, b, epsilon = primals
-    d_costs, d_f, d_g, d_a, d_b, d_epsilon = (_or_none(t) for t in tangents)
-    E = _exponentials(costs, f, g, epsilon)
-    ahead, back = E @ b, a @ E
-    d_log_f, d_log_g = (jnp.zeros_like(p) if d is None else d / epsilon for p, d in ((f, d_f), (g, d_g)))
-    d_a, d_b = (jnp.zeros_like(p) if d is None else d for p, d in ((a, d_a), (b, d_b)))
-    rows = ahead * (a * d_log_f + d_a) + a * (E @ (b * d_log_g + d_b))
-    columns = back * (b * d_log_g + d_b) + b * ((a * d_log_f + d_a) @ E)
-    if d_costs is not None or d_epsilon is not None:
-        change = E * _change_of_exponents(E, costs, f, g, epsilon, d_costs, d_epsilon)
-        rows, columns = rows + a * (change @ b), columns + b * (a @ change)
-    return (a * ahead, b * back), (rows, columns)
-
-
-def _or_none(tangent):
-    return None if isinstance(tangent, jax.custom_derivatives.SymbolicZero) else tangent
+def _finite(costs: Array) -> Array:
+    """The costs, with a number instead of infinity whose exponentials, and their derivatives, are exactly zero."""
+    large = float(jnp.finfo(costs.dtype).max) ** 0.4
+    return jnp.where(costs == jnp.inf, large, costs)
 
 
 def ceiling_of(g: Array) -> float:
