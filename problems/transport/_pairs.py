@@ -84,7 +84,8 @@ class Matrix(AbstractPairs):
         top = lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
         # the weights are factors, so that a weight of zero has a derivative too
         terms = jnp.exp(jnp.minimum((g[None, :] - _finite(self.costs) - top[:, None]) / epsilon, ceiling_of(g)))
-        total, top = terms @ b, top / epsilon
+        total = terms @ b
+        top = top / epsilon
         soft = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1)) + top, -jnp.inf)
         return soft, top, terms
 
