@@ -183,6 +183,7 @@ def test_matrix_free_steps_go_as_far_as_the_target_says():
         assert evaluations > few
 
 
+@pytest.mark.long
 def test_min_min_is_super_efficient_without_a_correction():
     """G = f: plain implicit differentiation is already of second order, and f_x(x, y) alone is not."""
     f = CASE.problem.inner.objective

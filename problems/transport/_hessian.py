@@ -208,9 +208,9 @@ class SchurComplement(AbstractLinearSolver):
         if not isinstance(operator, DualHessian) or not isinstance(operator.pairs, Matrix):
             return super().once(system, b)
         small = min(len(operator.first), len(operator.second))
-        scaled = _Scaled.of(system)
         if self.direct is not None or small > DIRECT_LIMIT:
             return super().once(system, b)
+        scaled = _Scaled.of(system)
         # a factorization would be kept by nobody: it is made only where conjugate gradients are slow
         trial = _trial(operator, system, scaled, small)
         found = _iterate(operator, system, b, 0.03, scaled=scaled, condition=trial.condition, max_steps=_limit(small))

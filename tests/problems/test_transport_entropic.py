@@ -249,8 +249,8 @@ def test_solved_once_it_sees_a_direction_that_only_round_off_fixes():
 
 @pytest.mark.long
 def test_derivatives_of_the_marginals_are_those_of_the_formula():
-    """The rule for sums over rows and columns against autodiff of the plain formula, in all arguments together and
-    one at a time, twice, with a forbidden pair and a point without weight."""
+    """Sums over rows and columns, in which potentials enter by factors that are one, against autodiff of the plain
+    formula, in all arguments together and one at a time, twice, with a forbidden pair and a point without weight."""
     costs = jnp.asarray(C0).at[1, 2].set(jnp.inf)
     arguments = (costs, jnp.asarray(C0[:, 0]), jnp.asarray(C0[0]), jnp.asarray(A).at[2].set(0.0), jnp.asarray(B),
                  jnp.asarray(EPSILON))  # fmt: skip
