@@ -68,9 +68,9 @@ def lbfgsb(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation], boo
         recent[:] = [*recent[-_RECENT:], found]
         lowest.append(min(lowest[-1], found.value))
         if kink:
-            raise _Ended(LINE_SEARCH, "a minimum at a kink, where the gradient jumps")
+            raise _Ended(Ending(LINE_SEARCH, "a minimum at a kink, where the gradient jumps"))
         if len(lowest) > _WINDOW and lowest[-1 - _WINDOW] - lowest[-1] < setting.ftol * abs(lowest[-1]):
-            raise _Ended("ftol", f"{_WINDOW} evaluations lowered the value by less than ftol", False)
+            raise _Ended(Ending("ftol", f"{_WINDOW} evaluations lowered the value by less than ftol", False))
         return found.value, found.gradient
 
     def callback(intermediate_result):
@@ -90,12 +90,16 @@ def lbfgsb(oracle: Oracle, setting: Setting, on_step: Callable[[Evaluation], boo
         best = min(recent, key=lambda e: e.value)
         if best.value < accepted[0].value:
             on_step(best)
-        return Ending(*why.args)
+        return why.ending
     return Ending(LINE_SEARCH, str(out.message))
 
 
 class _Ended(Exception):
-    """Why a line search is not worth going on with."""
+    """A line search is not worth going on with."""
+
+    def __init__(self, ending: Ending):
+        super().__init__(ending.said)
+        self.ending = ending
 
 
 _WINDOW = 8  # evaluations, in line searches too, that `ftol` looks back on

@@ -114,7 +114,8 @@ def minimize(
     is at most tol · max(1, the first one's). `max_steps`: outer steps. `rtol`: accuracy of each hypergradient; None:
     what the outer step needs. `ftol` ("l-bfgs-b"): end where eight evaluations in a row lowered the value by less than
     this, relatively; where h has kinks its gradient need not vanish, and line searches close in on kinks in ever
-    smaller steps. `callback(state)`: called after each step. `progress`: a bar with value, gradient norm, hypergradient
+    smaller steps. `callback(state)`: called after each step; it may raise `StopIteration`
+    to end here. `progress`: a bar with value, gradient norm, hypergradient
     error and time left. `checkpoint`: a file; the same call made again goes on from there. `solver`, `adjoint`,
     `max_inner_steps`: as for `hypergradient`.
 
@@ -190,7 +191,7 @@ class _Loop:
         self.path, self.mark, self.progress = path, mark, progress
         self.history: list[State] = []
         self.last: Evaluation | None = None
-        self.converged = False
+        self.converged = self.stopped = False
         self.bar: Any = None
 
     def __enter__(self):
@@ -223,11 +224,14 @@ class _Loop:
             if self.path is not None:
                 checkpoints.write(self.path, self.mark, oracle.recorded)
             if self.callback is not None:
-                self.callback(state)
+                try:
+                    self.callback(state)
+                except StopIteration:
+                    self.stopped = True
         if self.bar is not None:
             self.bar.n = state.step
             self.bar.set_postfix_str(f"value {state.value:.6g}, |g| {size:.2e}, error {found.error:.1e}")
-        return not self.converged and state.step < setting.max_steps
+        return not (self.converged or self.stopped) and state.step < setting.max_steps
 
     def result(self, end: outer.Ending) -> Result:
         """The `Result` of the last accepted point."""
@@ -237,6 +241,8 @@ class _Loop:
         bound = setting.tol * oracle.scale
         if self.converged:
             message = f"the projected gradient fell to {size:.2e}, below {bound:.2e}"
+        elif self.stopped:
+            message = f"the callback ended it with a projected gradient of {size:.2e} (wanted {bound:.2e})"
         elif state.step >= setting.max_steps:
             message = (
                 f"max_steps = {setting.max_steps} reached with a projected gradient of {size:.2e} (wanted {bound:.2e})"

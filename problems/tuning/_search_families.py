@@ -88,14 +88,16 @@ class Absolute(eqx.Module):
 
 
 class Both(eqx.Module):
-    """x = (log l1, log l2) -> the weights of |w_j| and of w_j^2 / 2."""
+    """x = (log l1, log l2) -> the weights of |w_j| and of w_j^2 / 2, where w_j is the sum over `copies` equal features,
+    which share it equally."""
 
     offset: Float[Array, "2"]
     unit: Float[Array, " p"]
+    copies: Float[Array, " p"]
 
     def __call__(self, x: Array) -> tuple[Array, Array]:
         one, two = jnp.exp(x + self.offset)
-        return one * self.unit, two * self.unit**2
+        return one * self.unit, two * self.unit**2 / self.copies
 
 
 class SearchProblem(bilevel.AbstractBilevelProblem):

@@ -21,8 +21,9 @@ STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01)
 """What "auto" tries besides infinity, in units of the criterion at the shared optimum."""
 
 
-INNER_STEPS = 200
-"""Of an inner solver: a fit that takes more, at an extreme penalty, is not worth waiting for."""
+INNER_STEPS, SWEEPS = 200, 10**5
+"""Of an inner solver, and of coordinate descent in all folds together: a fit that takes more, at an extreme penalty, is
+not worth waiting for."""
 
 
 FLAT = 5
@@ -32,10 +33,6 @@ also evaluations, by three tenths (`ftol` of `bilevel.minimize`)."""
 
 SMALL = 2**21
 """Numbers in a problem up to which compiling takes longer than running what is compiled: then it is done quickly."""
-
-
-class _Flat(Exception):
-    pass
 
 
 class Point(NamedTuple):
@@ -52,6 +49,7 @@ class Search:
 
     def __init__(self, setup: Setup, n_iter: int, tol: float, verbose: int):
         self.setup, self.n_iter, self.tol, self.verbose = setup, n_iter, tol, verbose
+        self.failed: list[str] = []  # what ended a descent early, or kept a penalty from being tried
 
     def shared(self, near: np.ndarray | None = None) -> Point:
         """The best point with one penalty for all: a coarse scan, then descent; with `near` from there."""
@@ -61,18 +59,22 @@ class Search:
         if near is not None:
             with contextlib.suppress(bilevel.NotConverged):  # else from wherever the estimator can be trained
                 return self._descend(problem, np.clip(near, setup.lower, setup.upper), y)
-        tried = []
+        tried, missed = [], []
         for x in setup.scan:
             try:
                 (found,) = self._minimize(problem, x, y, 0)
-            except bilevel.NotConverged:
+            except bilevel.NotConverged as error:
+                missed.append((x, f"at log-penalties of {np.unique(setup.offset + x)}: {error}"))
                 continue
             y = found.y
             tried.append((found.value, tuple(x), y))
         if not tried:
             raise ValueError("HypergradientSearchCV: the estimator could not be trained at any of the penalties tried.")
         _, x, y = min(tried, key=lambda t: t[0])
-        best = self._descend(problem, np.array(x), y)
+        x = np.array(x)
+        lower, upper = setup.around(x)
+        self.failed += [said for other, said in missed if np.all((other >= lower) & (other <= upper))]
+        best = self._descend(problem, x, y, (lower, upper) if setup.kinks else None)
         return self._towards_bounds(problem, best)
 
     def own(self, shared: Point, strength: float) -> Point:
@@ -89,11 +91,8 @@ class Search:
         found = self._descend(problem, x, best.y)
         return found if found.value <= best.value + 1e-4 * abs(best.value) else best
 
-    def _descend(self, problem: Any, x: np.ndarray, y: Any) -> Point:
-        try:
-            states = self._minimize(problem, x, y, self.n_iter)
-        except bilevel.NotConverged:  # somewhere on the way: the start is what there is, where it can be had
-            states = self._minimize(problem, x, y, 0)
+    def _descend(self, problem: Any, x: np.ndarray, y: Any, bounds: Any = None) -> Point:
+        states = self._minimize(problem, x, y, self.n_iter, bounds)
         history = [
             {"step": s.step, "value": s.value, "gradient_norm": float(np.linalg.norm(s.gradient)), "error": s.error}
             for s in states
@@ -104,25 +103,32 @@ class Search:
             x = np.where(self.setup.own, np.mean(x[self.setup.own]) if self.setup.own.any() else 0.0, x)
         return Point(np.clip(x, self.setup.lower, self.setup.upper), found.y, found.value, history)
 
-    def _minimize(self, problem: Any, x: np.ndarray, y: Any, steps: int) -> list[bilevel.State]:
-        """What was accepted, the start first; raises `NotConverged` where a hypergradient on the way failed."""
-        bounds = (jnp.asarray(self.setup.lower), jnp.asarray(self.setup.upper))
+    def _minimize(self, problem: Any, x: np.ndarray, y: Any, steps: int, bounds: Any = None) -> list[bilevel.State]:
+        """What was accepted, the start first, until a hypergradient on the way failed; raises `NotConverged` where the
+        first one does."""
+        lower, upper = (jnp.asarray(side) for side in bounds or (self.setup.lower, self.setup.upper))
         # where n entries share a penalty, each sees an n-th of its slope
         among = max(1, int(self.setup.own.sum())) if float(problem.mixing.shared) > 0 else 1
         data = sum(leaf.size for leaf in jax.tree.leaves(problem) if eqx.is_array(leaf))
         states: list[bilevel.State] = []
+        kinks = self.setup.kinks
 
         def note(state: bilevel.State) -> None:
             states.append(state)
             if len(states) > FLAT and states[-1 - FLAT].value - state.value <= 0.1 * self.tol * abs(state.value):
-                raise _Flat
+                raise StopIteration
 
-        with quickly(data <= SMALL), contextlib.suppress(_Flat):
-            bilevel.minimize(
-                problem, jnp.asarray(x, float), y, bounds=bounds, tol=self.tol / among, max_steps=int(steps),
-                ftol=0.3 * self.tol if self.setup.kinks else 0.0, callback=note,
-                progress=bool(self.verbose) and steps > 0, max_inner_steps=INNER_STEPS,
-            )  # fmt: skip
+        try:
+            with quickly(data <= SMALL):
+                bilevel.minimize(
+                    problem, jnp.asarray(x, float), y, bounds=(lower, upper), tol=self.tol / among,
+                    max_steps=int(steps), ftol=0.3 * self.tol if kinks else 0.0, callback=note,
+                    progress=bool(self.verbose) and steps > 0, max_inner_steps=SWEEPS if kinks else INNER_STEPS,
+                )  # fmt: skip
+        except bilevel.NotConverged as error:
+            if not states:
+                raise
+            self.failed.append(f"after {len(states) - 1} outer steps: {error}")
         return states
 
 

@@ -16,7 +16,7 @@ from . import _search_kernels as kernels
 from ._criteria import CrossValidation
 from ._scaled_estimator import FeatureScaled
 from ._search_folds import Folds
-from ._sparse import Grams, exact_step_length
+from ._sparse import Grams, exact_step_length, repeated
 
 SUPPORTED = (
     "ElasticNet", "HuberRegressor", "KernelRidge", "Lasso", "LinearSVC", "LogisticRegression", "PoissonRegressor",
@@ -37,6 +37,12 @@ class Setup:
     scan: np.ndarray
     parts: Callable[[families.Mixing], tuple]  # mixing -> (training, judge)
     kinks: bool = False  # whether the criterion has them
+
+    def around(self, x: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The values of the scan next to one of its points, entry by entry, or the bounds where it ends."""
+        below = np.where(self.scan < x - 1e-9, self.scan, self.lower).max(axis=0)
+        above = np.where(self.scan > x + 1e-9, self.scan, self.upper).min(axis=0)
+        return below, above
 
     def problem(self, shared: bool, center: np.ndarray, strength: float) -> families.SearchProblem:
         """Own penalties or one shared one, pulled towards `center`."""
@@ -73,6 +79,20 @@ class Family:
             )
         return 2.0 * places - 1 if len(self.classes) == 2 else places.astype(float)
 
+    def tied(self, folds: Folds, own: np.ndarray) -> np.ndarray:
+        """`own` (see `setup`) with one penalty for features that a lasso cannot tell apart, where each had its own."""
+        if self.name != "Lasso" or len(own) != folds.X.shape[2]:
+            return own
+        first, alone = repeated(self._columns(folds)), np.bincount(own)[own] == 1
+        return np.unique(np.where(alone & alone[first], own[first], own), return_inverse=True)[1]
+
+    def _columns(self, folds: Folds) -> np.ndarray:
+        """The features in all rows of all folds, as an intercept leaves them, shape (K n, p)."""
+        X = folds.X
+        if self.estimator.fit_intercept:
+            X = X - np.einsum("kn,knp->kp", folds.train / folds.train.sum(1, keepdims=True), X)[:, None]
+        return X.reshape(-1, X.shape[2])
+
     def setup(self, folds: Folds, y: np.ndarray, own: np.ndarray) -> Setup:
         """`own`: for each feature the number of its penalty (all zero: one shared penalty)."""
         if not np.all(np.isfinite(folds.X)):
@@ -103,6 +123,11 @@ class Family:
         X = folds.X / deviation
         if intercept:  # where the intercept is free, this changes nothing but the condition
             X = X - np.einsum("kn,knp->kp", folds.train / total, X)[:, None]
+        copies = np.ones(p)
+        if name in ("Lasso", "ElasticNet"):  # of equal features with one penalty the first stands for all
+            first = repeated(self._columns(folds))
+            first = np.where(own == own[first], first, np.arange(p))
+            X, copies = np.where(first < np.arange(p), 0, X), np.bincount(first, minlength=p)[first]
         average = float(total.mean())
         by_sum = name in ("Ridge", "LogisticRegression", "HuberRegressor", "LinearSVC")
         train = folds.train / (average if by_sum else total)
@@ -141,12 +166,12 @@ class Family:
                 top_, unit_ = as_jax(offset, unit)
                 weights = lambda mixing: families.Absolute(mixing, top_, spread, unit_)
                 parts = lambda mixing: (families.sparse(criterion, weights(mixing), step, grams), judge)
-                scan = np.linspace(-7.5, -0.25, 16)[:, None] * np.ones(count)
+                scan = np.linspace(-0.25, -7.5, 16)[:, None] * np.ones(count)
                 return Setup(np.ones(count, bool), offset, np.full(count, -9.0), np.zeros(count), scan, parts, True)
             if count > 1:
                 raise ValueError("HypergradientSearchCV: ElasticNet is tuned with penalties='shared' only.")
             offset = np.array([top, np.log(variance)])
-            both = families.Both(*as_jax(offset, unit))
+            both = families.Both(*as_jax(offset, unit, copies))
             parts = lambda mixing: (families.sparse(criterion, both, step, grams), judge)
             scan = np.array([(a, b) for a in (-1.0, -2.5, -4.0, -5.5, -7.0) for b in (-9.0, -5.0, -2.0, 0.0)])
             return Setup(np.zeros(2, bool), offset, np.array([-9.0, -12.0]), np.array([0.0, 4.0]), scan, parts, True)

@@ -218,6 +218,42 @@ def exact_step_length(X: np.ndarray, train: np.ndarray) -> float:
     return 1 / largest if largest > 0 else 1.0
 
 
+def repeated(X: Float[np.ndarray, "n p"]) -> np.ndarray:
+    """For each column the first one that it equals, but for round-off and its sign; itself where there is none before.
+
+    Equal columns under one l1 penalty share a weight in any way: the lasso's predictions are unique, its weights not.
+    """
+    n, p = X.shape
+    sizes = np.sqrt(np.einsum("np,np->p", X, X))
+    first = np.arange(p)
+    marks = np.abs(np.random.default_rng(0).normal(size=n) @ X)  # equal where columns are
+    order, alike = np.argsort(marks, kind="stable"), _ALIKE * sizes * np.sqrt(n)
+    for here, j in enumerate(order):
+        for i in order[here + 1 :]:
+            if marks[i] - marks[j] > alike[i] + alike[j]:
+                break
+            sign = np.sign(X[:, i] @ X[:, j])
+            if sizes[i] > 0 and np.linalg.norm(X[:, i] - sign * X[:, j]) <= _ALIKE * sizes[i]:
+                first[[i, j]] = min(first[i], first[j])
+    return first
+
+
+_ALIKE = 1e-10  # relative
+
+
+def without_repeated(criterion: AbstractCriterion, penalties: Any, groups: Any) -> AbstractCriterion:
+    """The criterion with zeros in columns that repeat others, if all have one penalty: weights there are then zero."""
+    if groups is not None or penalties != "shared":
+        return criterion
+    judged: Any = getattr(criterion, "X_val", None)  # folds are judged on the same rows
+    rows = np.asarray(criterion.X if judged is None else jnp.concatenate([criterion.X, judged]), np.float64)
+    kept = repeated(rows) == np.arange(rows.shape[1])
+    if kept.all():
+        return criterion
+    where: Any = (lambda c: c.X) if judged is None else (lambda c: (c.X, c.X_val))
+    return eqx.tree_at(where, criterion, replace_fn=lambda X: jnp.where(kept, X, 0))
+
+
 def start_below(criterion: AbstractCriterion) -> Float[Array, ""]:
     """log of a tenth of the smallest l1 penalty at which all weights trained on all rows are zero."""
     X, b = criterion.X, criterion.targets

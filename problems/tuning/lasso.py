@@ -13,7 +13,7 @@ from bilevel import prox
 
 from ._criteria import AbstractCriterion, criterion
 from ._penalties import Penalties
-from ._sparse import AbstractSparseTuning, SparseTraining, start_below, step_length
+from ._sparse import AbstractSparseTuning, SparseTraining, start_below, step_length, without_repeated
 
 
 class LassoTuning(AbstractSparseTuning):
@@ -25,7 +25,8 @@ class LassoTuning(AbstractSparseTuning):
 
     which is scikit-learn's `Lasso(alpha=exp(x), fit_intercept=False)` where x is shared. Outer: half the mean squared
     error on the validation rows. There is no intercept: center the data. The adjoint is solved on the weights that
-    are not zero (`bilevel.Composite`), so that no matrix of p x p is formed where there are many features.
+    are not zero (`bilevel.Composite`), so that no matrix of p x p is formed where there are many features. With a
+    shared penalty the weight of a feature that equals another one, or minus it, is zero: any share of theirs would do.
 
     **Arguments:** `X`, `y`, `X_val`, `y_val`, `cv`, `groups`: as for `RidgeTuning`. `penalties`: "shared", x of shape
     (), or "per-feature", x of shape (p,). `initial()` starts at a tenth of the smallest penalty that leaves no weight.
@@ -50,7 +51,7 @@ class LassoTuning(AbstractSparseTuning):
         penalties: Any = "shared",
         groups: Any = None,
     ):
-        self.criterion = criterion("LassoTuning", X, y, X_val, y_val, cv)
+        self.criterion = without_repeated(criterion("LassoTuning", X, y, X_val, y_val, cv), penalties, groups)
         self.step = step_length(self.criterion)
         self.penalties = Penalties("LassoTuning", penalties, groups, self.criterion.X.shape[1])
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
 import numpy as np
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, clone, is_classifier
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import get_scorer
 from sklearn.model_selection import check_cv, cross_val_score
 from sklearn.pipeline import Pipeline
@@ -97,7 +99,7 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
         targets = family.targets(y)
         folds = fold_data(before, rows, y, pairs, weights)
         with one_thread(folds.X.size <= SMALL), jax.enable_x64(True):
-            own = self._own(folds.X.shape[2])
+            own = family.tied(folds, self._own(folds.X.shape[2]))
             search = Search(family.setup(folds, targets, own), self.n_iter, self.tol, self.verbose)
             shared = search.shared()
             several = int(search.setup.own.sum()) > 1
@@ -106,6 +108,12 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
                 nested = _Nested(self, family, before, rows, y, targets, weights, own, classifier)
                 self.shrinkage_, self.shrinkage_scores_ = choose_strength(nested, shared.x, self.random_state)
             found = shared if np.isinf(self.shrinkage_) else search.own(shared, float(self.shrinkage_))
+        if search.failed:
+            warnings.warn(
+                f"HypergradientSearchCV: a hypergradient failed {len(search.failed)} times, and the search went on "
+                f"without it; a better penalty may have been missed. The first time, {search.failed[0]}",
+                ConvergenceWarning, stacklevel=2,
+            )  # fmt: skip
         self.hypergradient_history_ = found.history
         single = not several
         self.best_params_ = self._named(family, prefix, search, found.x, own, single)
@@ -292,6 +300,10 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
         return tags
 
 
+ROUGH = 1e-2
+"""Tolerance of the searches within splits: strengths are told apart by test losses, with larger standard errors."""
+
+
 class _Nested:
     """What `choose_strength` asks: outer splits, the search within one, and the loss on what it leaves out."""
 
@@ -332,7 +344,7 @@ class _Nested:
         pairs = [(rows[a], rows[b]) for a, b in pairs]
         folds = fold_data(self.before, self.rows, self.y, pairs, self.weights)
         setup = self.family.setup(folds, self.targets, self.own)
-        return Search(setup, min(40, self.search.n_iter), max(1e-3, self.search.tol), 0)
+        return Search(setup, min(40, self.search.n_iter), max(ROUGH, self.search.tol), 0)
 
     def loss(self, search: Search, x: np.ndarray, train: np.ndarray, test: np.ndarray) -> float:
         """Minus the score on the test rows of the estimator at x, fitted on the training rows."""
