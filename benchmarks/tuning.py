@@ -6,8 +6,8 @@ fold of each evaluation). Ours is timed twice: `first` with compilation, `again`
 of the same shape. Optuna (TPE) gets `--seconds`, and at least twenty times what ours took, but no more than `--limit`.
 The loops with jaxopt and optimistix are the same outer L-BFGS-B on their implicit hypergradients, warm-started, with
 inner and adjoint tolerances of 1e-6, where the inner problem is smooth. They end where the line search finds nothing
-better, ours where its projected gradient has fallen to 1e-7, and all of them at the limit. All but ours are compiled
-before they are timed, and all have one thread of BLAS. On the multinomial model ours uses
+better, ours where its projected gradient has fallen to 1e-7 (denoiser: 1e-10), and all at the limit. All but ours are
+compiled before they are timed, and all have one thread of BLAS. On the multinomial model ours uses
 `method="trust-region"`, else the default.
 """
 
@@ -77,7 +77,7 @@ def ours(case: Case, limit: float) -> list[Line]:
                 raise StopIteration
 
         found = bilevel.minimize(
-            case.problem, x0, y0, method=case.method, bounds=case.bounds, tol=1e-7, max_steps=STEPS, callback=note,
+            case.problem, x0, y0, method=case.method, bounds=case.bounds, tol=case.tol, max_steps=STEPS, callback=note,
             max_inner_steps=MOST,
         )  # fmt: skip
         seconds = time.perf_counter() - begin

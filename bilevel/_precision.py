@@ -1,7 +1,8 @@
-"""The loose part in float32: where the data are large, an error that the correction forgives anyway is cheaper there.
+"""How many digits: all that a dtype has in products of matrices, and the loose part in float32.
 
-An iteration on large data costs the time to read them, and float32 halves that; a dense matrix costs flops, and
-float32 halves those. What decides the result (the residual, the last products, the gradient) stays in float64.
+Where the data are large, an error that the correction forgives anyway is cheaper in float32: an iteration on
+large data costs the time to read them, and float32 halves that; a dense matrix costs flops, and float32 halves those.
+What decides the result (the residual, the last products, the gradient) stays in float64.
 """
 
 from __future__ import annotations
@@ -20,6 +21,17 @@ from ._trees import is_traced
 
 WORTH = 2**19
 """Numbers in an inner problem's data from which casting them pays (`python -m benchmarks.threshold` measures it)."""
+
+
+@contextlib.contextmanager
+def full_products():
+    """Products of float32 matrices inside, and as a decorator in a function, have the digits of float32. On GPUs JAX's
+    default has a third of them, which no certificate could see. Whoever has chosen a precision keeps it."""
+    if jax.default_backend() == "cpu" or jax.config.jax_default_matmul_precision is not None:  # pyright: ignore
+        yield
+    else:
+        with jax.default_matmul_precision("highest"):
+            yield
 
 
 _hoisted: contextvars.ContextVar[dict[int, tuple[Any, Any]] | None] = contextvars.ContextVar("hoisted", default=None)

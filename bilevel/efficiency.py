@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from . import _trees as trees
 from ._entry import prepare_problem
+from ._precision import full_products
 from ._trees import check_like, ravel
 from .adjoint import AbstractAdjoint, ImplicitAdjoint, hessian_product, moved_point, parts_at
 from .errors import NotConverged
@@ -37,6 +38,7 @@ class EfficiencyConstant(eqx.Module):
         return f"EfficiencyConstant({parts})"
 
 
+@full_products()
 def efficiency_constant(
     problem: AbstractBilevelProblem, x: PyTree, adjoint: AbstractAdjoint | None = None, *, y0: PyTree
 ) -> EfficiencyConstant:
@@ -105,6 +107,7 @@ def _operator_norm(function, point, steps: int = 100) -> jax.Array:
     return lax.fori_loop(0, steps, body, (start, jnp.zeros((), point.dtype)))[1]
 
 
+@full_products()
 def hessian_vector_product(problem: AbstractBilevelProblem, x: PyTree, y: PyTree, v: PyTree) -> PyTree:
     """The Hessian of h(x) = G(x, y*(x)) times v, like x: at the Newton point of y, by two more solves, no nesting.
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from . import _trees as trees
 from ._entry import check_tolerance, finish, prepare_problem
-from ._precision import hoisted, kept_copies, worth_lowering
+from ._precision import full_products, hoisted, kept_copies, worth_lowering
 from ._trees import ravel
 from .adjoint import AbstractAdjoint, Estimate, ImplicitAdjoint, Target, differentiable_estimate, usable
 from .bounds import ErrorBound
@@ -55,6 +55,7 @@ class Hypergradient(eqx.Module):
         )
 
 
+@full_products()
 def estimate(
     problem: AbstractBilevelProblem,
     x: PyTree,
@@ -148,6 +149,7 @@ def _estimate(problem, x, y, adjoint) -> Hypergradient:
     return _assemble(*differentiable_estimate(problem, x, y, work, adjoint))
 
 
+@full_products()
 def hypergradient(
     problem: AbstractBilevelProblem,
     x: PyTree,

@@ -17,6 +17,7 @@ from . import _outer as outer
 from . import _trees as trees
 from ._entry import prepare_problem
 from ._oracle import Evaluation, Oracle, length
+from ._precision import full_products
 from ._trees import ravel, ravel_like
 from ._trust_region import trust_region
 from .adjoint import AbstractAdjoint, ImplicitAdjoint
@@ -84,6 +85,7 @@ class Result(eqx.Module):
         return ax
 
 
+@full_products()
 def minimize(
     problem: AbstractBilevelProblem,
     x0: PyTree,

@@ -218,6 +218,7 @@ def _corrected(inner, x, y, adjoint: AbstractAdjoint, rtol, atol) -> Attempt:
     return Attempt(moved.flat, moved.after, reached, again, factor, located, evaluations, products, worth)
 
 
+@precision.full_products()
 def solve(
     inner: AbstractInner | Callable,
     x: PyTree,

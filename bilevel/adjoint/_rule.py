@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import PyTree
 
 from .. import _trees as trees
+from .._precision import full_products
 from .._trees import ravel, ravel_like
 from ..errors import Status, meanings
 from ..linear import choose, linear_system
@@ -97,6 +98,7 @@ def _implicit(inputs, *, symmetric):
 
 
 @_implicit.def_jvp
+@full_products()
 def _implicit_jvp(primals, tangents, *, symmetric):
     (inputs,), (t_inputs,) = primals, tangents
     _, optimality, solve, transposed, x, _ = inputs
@@ -142,6 +144,7 @@ def _estimate_rule(inputs, *, symmetric):
 
 
 @_estimate_rule.def_jvp
+@full_products()
 def _estimate_rule_jvp(primals, tangents, *, symmetric):
     (inputs,), (t_inputs,) = primals, tangents
     _, optimality, solve, transposed, x, _, outer = inputs

@@ -10,6 +10,7 @@ from jaxtyping import Array
 from scipy.sparse.linalg import ArpackError, svds
 
 import bilevel
+from bilevel._precision import full_products
 from bilevel.solvers._base import AbstractSolver, Found
 from problems import transport
 
@@ -46,6 +47,7 @@ class BalancedSolver(AbstractSolver):
         return Found(f, jnp.maximum(count, 1), jnp.maximum(count, 1))
 
 
+@full_products()
 def balanced(kernel: Kernel, potentials_matter: bool) -> tuple[Array, Array]:
     """The target's potential g and W_epsilon. Unless `potentials_matter`, g may be anyone's guess: where points are so
     far apart that the coupling falls into parts, to round-off nothing determines one part's potential against
@@ -54,9 +56,23 @@ def balanced(kernel: Kernel, potentials_matter: bool) -> tuple[Array, Array]:
     **Raises:** NotConverged where what is needed was not found.
     """
     if all(inputs.concrete(leaf) for leaf in jax.tree.leaves(kernel)):
+        _check_precision(kernel)
         return _concrete(kernel, potentials_matter)
     f = bilevel.solve(Balanced(kernel), None, jnp.zeros_like(kernel.log_a)).y
     return _other(kernel, f, kernel.columns(f))
+
+
+def _check_precision(kernel: Kernel) -> None:
+    """Potentials are epsilon times logarithms of sums near one, and so known to about eps times epsilon. An inner
+    residual does not show it, because its own round-off is as large."""
+    lost = float(jnp.finfo(kernel.epsilon.dtype).eps * kernel.epsilon)
+    largest = float(jnp.max(kernel.cost) * kernel.epsilon)
+    if lost > 1e-3 * largest > 0:
+        raise bilevel.NotConverged(
+            f"flows.InverseJKO: `epsilon` = {float(kernel.epsilon):g} is so large beside the largest cost, "
+            f"{largest:.2g}, that {kernel.epsilon.dtype} holds potentials to {lost:.1e} only; lower `epsilon`, or use "
+            "float64."
+        )
 
 
 @eqx.filter_jit

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 import bilevel
+from bilevel._precision import full_products
 
 from . import _inputs as inputs
 from . import _newton as newton
@@ -148,6 +149,7 @@ class InverseJKO(bilevel.AbstractBilevelProblem):
 
     # ------------------------------------------------------------------------------------------------ the loss
 
+    @full_products()
     def loss(self, theta: PyTree) -> Float[Array, ""]:
         """The loss at theta, differentiable; without the penalty. Zero at the truth of calibrated data."""
         theta = jax.tree.map(jnp.asarray, theta)
@@ -158,6 +160,7 @@ class InverseJKO(bilevel.AbstractBilevelProblem):
             y = jax.tree.map(lambda a, r: a - r, y0, self.inner.optimality(theta, y0))
         return self.outer(theta, y)
 
+    @full_products()
     def hessian(self, theta: Any) -> Float[Array, "K K"]:
         """The Hessian of `loss`, shape (K, K), exact: (6.4) of docs/theory/flows.md."""
         self._needs_linear("hessian")
@@ -169,6 +172,7 @@ class InverseJKO(bilevel.AbstractBilevelProblem):
         values = np.linalg.eigvalsh(np.asarray(self.hessian(theta), np.float64))
         return float(values[-1] / values[0]) if values[0] > 0 else math.inf
 
+    @full_products()
     def newton(self, theta0: Any = None, tol: float = 1e-10, *, max_steps: int = 50) -> bilevel.Result:
         """Minimizes loss (plus penalty) by Newton's steps with the exact Hessian, damped where they are too long.
 

@@ -16,6 +16,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from bilevel._precision import full_products
+
 from ._checks import as_floating, check_finite, check_positive, common_dtype, is_concrete, tau_pair
 
 __all__ = ["Gaussian", "Plan", "QuadraticCost", "bilinear", "bures_map", "bures_squared", "plan", "sqrtm"]
@@ -24,6 +26,7 @@ _ORDERS = 3
 _LOG_2PI = float(np.log(2 * np.pi))
 
 
+@full_products()
 def sqrtm(S: Any) -> Float[Array, "d d"]:
     """The positive semidefinite square root of a symmetric positive semidefinite matrix, shape (d, d).
 
@@ -52,6 +55,7 @@ def _sqrtm(S):
     return root
 
 
+@full_products()
 def bures_squared(S: Any, T: Any) -> Float[Array, ""]:
     """The squared Bures distance of two covariances of shape (d, d): W_2^2 of N(m, S) and N(m, T).
 
@@ -63,6 +67,7 @@ def bures_squared(S: Any, T: Any) -> Float[Array, ""]:
     return jnp.trace(S) + jnp.trace(T) - 2 * jnp.trace(_sqrtm(_sym(root @ T @ root)))
 
 
+@full_products()
 def bures_map(S: Any, T: Any) -> Float[Array, "d d"]:
     """The symmetric matrix A that pushes N(0, S) to N(0, T): A S A = T, shape (d, d). S must be positive definite.
 
@@ -167,6 +172,7 @@ class Plan(eqx.Module):
         return f"Plan(value={_shown(self.value)}, mass={_shown(self.mass)}, dimension={self.mean.shape[-1]})"
 
 
+@full_products()
 def plan(cost: QuadraticCost, source: Gaussian, target: Gaussian, epsilon: Any, tau: Any = np.inf) -> Plan:
     """Entropic transport between two Gaussian measures in closed form:
 

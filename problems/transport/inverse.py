@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 import bilevel
+from bilevel._precision import full_products
 from bilevel.minimize import Result
 from bilevel.problem import as_given, as_node
 
@@ -196,11 +197,13 @@ class InverseOT(bilevel.AbstractBilevelProblem):
 
     # ---- what statisticians ask
 
+    @full_products()
     def loss(self, theta: Any) -> Float[Array, ""]:
         """The loss at theta, without the penalty: solves the inner problem. Differentiable; raises `NotConverged`."""
         theta = jax.tree.map(lambda v: jnp.asarray(v).astype(self.observed.dtype), theta)
         return self.outer(theta, bilevel.solve(self.inner, theta, self.inner.initial()).y)
 
+    @full_products()
     def hessian(self, theta: Any) -> Float[Array, "K K"]:
         """The exact Hessian of the loss at theta, shape (K, K) (of a theta that is a matrix: of its entries in order):
         for the convex losses of given features by the Schur complement (derived in docs/theory/transport.md)."""
@@ -229,6 +232,7 @@ class InverseOT(bilevel.AbstractBilevelProblem):
             )
         return setting, swap
 
+    @full_products()
     def newton(self, theta0: Any = None, tol: float = 1e-10, max_steps: int = 100) -> Result:
         """Minimizes the loss (plus the penalty) by Newton's method with its exact Hessian, jointly in theta and the
         potentials; with a penalty by proximal Newton steps. For losses that are not convex, or features given as a

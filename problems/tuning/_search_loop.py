@@ -72,9 +72,9 @@ class Search:
             raise ValueError("HypergradientSearchCV: the estimator could not be trained at any of the penalties tried.")
         _, x, y = min(tried, key=lambda t: t[0])
         x = np.array(x)
-        lower, upper = setup.around(x)
-        self.failed += [said for other, said in missed if np.all((other >= lower) & (other <= upper))]
-        best = self._descend(problem, x, y, (lower, upper) if setup.kinks else None)
+        best = self._descend(problem, x, y, setup.around(x) if setup.kinks else None)
+        # what could not be tried matters where the descent was stopped there
+        self.failed += [said for other, said in missed if np.any((other != x) & (np.abs(best.x - other) < 1e-6))]
         return self._towards_bounds(problem, best)
 
     def own(self, shared: Point, strength: float) -> Point:

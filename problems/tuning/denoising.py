@@ -36,7 +36,7 @@ class Denoiser(bilevel.AbstractMinimization):
         around = jnp.pad(y, ((0, 0), sides, sides), mode="symmetric")
         # one product of matrices: XLA's convolutions of float64 on a CPU take three times as long and more
         near = [around[:, i : i + height, j : j + width].reshape(-1) for i in range(size) for j in range(size)]
-        answers = jnp.matmul(filters, jnp.stack(near), precision="highest")  # not TF32, where that is the default
+        answers = filters @ jnp.stack(near)
         roughness = jnp.sum(jnp.sqrt(self.delta**2 + jnp.square(answers)), axis=1)
         return 0.5 * jnp.sum(jnp.square(y - self.noisy)) + jnp.vdot(jnp.exp(x[:, 0]), roughness)
 

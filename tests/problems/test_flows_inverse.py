@@ -257,6 +257,20 @@ def test_a_network_as_potential():
         model.newton()
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("rho", [0.0, np.inf])
+def test_an_epsilon_beside_which_single_precision_does_not_see_the_costs_is_refused(rho):
+    single = [z.astype(np.float32) for z in CLOUDS]
+    with pytest.raises(bilevel.NotConverged, match="`epsilon` = 1e.07 is so large .* float32 .* lower `epsilon`, or"):
+        flows.InverseJKO(single, flows.Quadratic(), TAU, 1e7, sharpening=rho)
+    below, exact = (
+        flows.InverseJKO(clouds, flows.Quadratic(), TAU, 1e3, sharpening=rho) for clouds in (single, CLOUDS)
+    )
+    found = bilevel.hypergradient(below, jnp.asarray(THETA, jnp.float32), below.initial()[1], rtol=1e-2).gradient
+    expected = bilevel.hypergradient(exact, THETA, exact.initial()[1]).gradient
+    assert jnp.linalg.norm(found.astype(float) - expected) <= 1e-3 * jnp.linalg.norm(expected)
+
+
 @pytest.mark.slow  # a minute
 def test_weights_of_zero_and_float32():
     padded = [np.vstack([z, [[9.0, 9.0]]]) for z in CLOUDS]
