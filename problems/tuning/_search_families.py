@@ -101,17 +101,19 @@ class Both(eqx.Module):
 
 
 class SearchProblem(bilevel.AbstractBilevelProblem):
-    """A criterion over folds, plus strength/2 times the mean square of the distances of own penalties to a center."""
+    """A criterion over folds in some `unit`, in which tolerances mean something whatever the targets are measured in,
+    plus strength/2 times the mean square of the distances of own penalties to a center."""
 
     inner: bilevel.AbstractInner
     judge: Any  # (x, y) -> scalar
     mixing: Mixing
     center: Float[Array, " q"]
     strength: Float[Array, ""]
+    unit: Float[Array, ""]
 
     def outer(self, x, y):
         pull = jnp.sum(self.mixing.own * jnp.square(self.mixing(x) - self.center))
-        return self.judge(x, y) + 0.5 * self.strength * pull
+        return self.judge(x, y) / self.unit + 0.5 * self.strength * pull
 
 
 class Judge(eqx.Module):

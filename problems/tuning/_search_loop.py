@@ -26,6 +26,10 @@ INNER_STEPS, SWEEPS = 200, 10**5
 not worth waiting for."""
 
 
+AGAIN = 5
+"""How often a descent that failed goes on from where it was, in a box."""
+
+
 FLAT = 5
 """Steps that together must lower the criterion by a tenth of the tolerance, relatively; where the criterion has kinks
 also evaluations, by three tenths (`ftol` of `bilevel.minimize`)."""
@@ -36,25 +40,29 @@ SMALL = 2**21
 
 
 class Point(NamedTuple):
-    """A point of the search: the (mixed) log-penalties, the inner solution, the criterion's value and its history."""
+    """A point of the search: the (mixed) log-penalties, the inner solution, the criterion's value and its history.
+    `pressed`: by which share of it the criterion would still fall for each unit that bounds of x were moved outward."""
 
     x: np.ndarray
     y: Any
     value: float
     history: list[dict]
+    pressed: float
 
 
 class Search:
     """Minimizes the criterion of one `Setup`; every problem has the same shapes, so that all share one program."""
 
-    def __init__(self, setup: Setup, n_iter: int, tol: float, verbose: int):
+    def __init__(self, setup: Setup, n_iter: int, tol: float, verbose: int, unit: float = 1.0):
         self.setup, self.n_iter, self.tol, self.verbose = setup, n_iter, tol, verbose
+        self.unit = unit  # of the criterion; the best value that the scan has seen
+        self.worst = 0.0  # that the scan has seen
         self.failed: list[str] = []  # what ended a descent early, or kept a penalty from being tried
 
     def shared(self, near: np.ndarray | None = None) -> Point:
         """The best point with one penalty for all: a coarse scan, then descent; with `near` from there."""
         setup, size = self.setup, len(self.setup.own)
-        problem = setup.problem(True, np.zeros(size), 0.0)
+        problem = setup.problem(True, np.zeros(size), 0.0, self.unit)
         y = problem.inner.initial()
         if near is not None:
             with contextlib.suppress(bilevel.NotConverged):  # else from wherever the estimator can be trained
@@ -62,25 +70,31 @@ class Search:
         tried, missed = [], []
         for x in setup.scan:
             try:
-                (found,) = self._minimize(problem, x, y, 0)
+                (found,), _ = self._minimize(problem, x, y, 0)
             except bilevel.NotConverged as error:
                 missed.append((x, f"at log-penalties of {np.unique(setup.offset + x)}: {error}"))
                 continue
             y = found.y
             tried.append((found.value, tuple(x), y))
         if not tried:
-            raise ValueError("HypergradientSearchCV: the estimator could not be trained at any of the penalties tried.")
-        _, x, y = min(tried, key=lambda t: t[0])
-        x = np.array(x)
+            raise ValueError(
+                "HypergradientSearchCV: the estimator could not be trained at any of the penalties tried. The first "
+                f"time, {missed[0][1]}"
+            )
+        value, x, y = min(tried, key=lambda t: t[0])
+        self.worst = self.unit * max(abs(v) for v, _, _ in tried)
+        self.unit, x = self.unit * abs(value) or 1.0, np.array(x)
+        problem = setup.problem(True, np.zeros(size), 0.0, self.unit)
         best = self._descend(problem, x, y, setup.around(x) if setup.kinks else None)
         # what could not be tried matters where the descent was stopped there
         self.failed += [said for other, said in missed if np.any((other != x) & (np.abs(best.x - other) < 1e-6))]
         return self._towards_bounds(problem, best)
 
-    def own(self, shared: Point, strength: float) -> Point:
-        """The best point with own penalties, pulled towards the shared one."""
-        pull = strength * abs(shared.value)
-        return self._descend(self.setup.problem(False, shared.x, pull), shared.x, shared.y)
+    def own(self, shared: Point, strength: float, start: Point | None = None) -> Point:
+        """The best point with own penalties, pulled towards the shared one, from there or from `start`."""
+        start = shared if start is None else start
+        pull = strength * abs(shared.value) / self.unit
+        return self._descend(self.setup.problem(False, shared.x, pull, self.unit), start.x, start.y)
 
     def _towards_bounds(self, problem: Any, best: Point) -> Point:
         """Where a penalty that is not an own one hardly matters any more, it is sent to its lower bound."""
@@ -88,24 +102,49 @@ class Search:
         if setup.own.any() or len(setup.own) < 2 or best.x[1] > -4:
             return best
         x = np.array([best.x[0], setup.lower[1]])
-        found = self._descend(problem, x, best.y)
+        try:
+            found = self._descend(problem, x, best.y)
+        except bilevel.NotConverged:  # it cannot be trained there
+            return best
         return found if found.value <= best.value + 1e-4 * abs(best.value) else best
 
     def _descend(self, problem: Any, x: np.ndarray, y: Any, bounds: Any = None) -> Point:
-        states = self._minimize(problem, x, y, self.n_iter, bounds)
+        lower, upper = bounds or (self.setup.lower, self.setup.upper)
+        states, failure = self._minimize(problem, x, y, self.n_iter, (lower, upper))
+        radius = 1.0
+        for _ in range(AGAIN):  # a long step led to where the estimator cannot be trained: shorter ones
+            if not failure:
+                break
+            last = states[-1]
+            box = np.maximum(lower, np.asarray(last.x) - radius), np.minimum(upper, np.asarray(last.x) + radius)
+            try:
+                more, again = self._minimize(problem, np.asarray(last.x), last.y, self.n_iter, box)
+            except bilevel.NotConverged:
+                break
+            states += more[1:]
+            x = np.asarray(states[-1].x)
+            at_edge = np.any(((x <= box[0]) & (x > lower)) | ((x >= box[1]) & (x < upper)))
+            failure, radius = again or (failure if at_edge else ""), 0.3 * radius if again else radius
+        if failure:
+            self.failed.append(failure)
         history = [
-            {"step": s.step, "value": s.value, "gradient_norm": float(np.linalg.norm(s.gradient)), "error": s.error}
-            for s in states
-        ]
+            {
+                "step": k, "value": s.value * self.unit, "gradient_norm": float(np.linalg.norm(s.gradient)) * self.unit,
+                "error": s.error * self.unit,
+            }
+            for k, s in enumerate(states)
+        ]  # fmt: skip
         found = states[-1]
-        x = np.asarray(found.x)
+        x, slope = np.asarray(found.x), np.asarray(found.gradient)
+        outward = np.where(x <= self.setup.lower, slope, 0) - np.where(x >= self.setup.upper, slope, 0)
+        pressed = float(np.sum(np.maximum(outward, 0)))
         if float(problem.mixing.shared) > 0:
             x = np.where(self.setup.own, np.mean(x[self.setup.own]) if self.setup.own.any() else 0.0, x)
-        return Point(np.clip(x, self.setup.lower, self.setup.upper), found.y, found.value, history)
+        return Point(np.clip(x, self.setup.lower, self.setup.upper), found.y, history[-1]["value"], history, pressed)
 
-    def _minimize(self, problem: Any, x: np.ndarray, y: Any, steps: int, bounds: Any = None) -> list[bilevel.State]:
-        """What was accepted, the start first, until a hypergradient on the way failed; raises `NotConverged` where the
-        first one does."""
+    def _minimize(self, problem: Any, x: np.ndarray, y: Any, steps: int, bounds: Any = None) -> tuple[list, str]:
+        """What was accepted, the start first, until a hypergradient on the way failed, and how that was said; raises
+        `NotConverged` where the first one does."""
         lower, upper = (jnp.asarray(side) for side in bounds or (self.setup.lower, self.setup.upper))
         # where n entries share a penalty, each sees an n-th of its slope
         among = max(1, int(self.setup.own.sum())) if float(problem.mixing.shared) > 0 else 1
@@ -128,8 +167,8 @@ class Search:
         except bilevel.NotConverged as error:
             if not states:
                 raise
-            self.failed.append(f"after {len(states) - 1} outer steps: {error}")
-        return states
+            return states, f"after {len(states) - 1} outer steps: {error}"
+        return states, ""
 
 
 def choose_strength(nested: Any, near: np.ndarray, random_state: Any) -> tuple[float, dict[float, list[float]]]:
@@ -146,9 +185,8 @@ def choose_strength(nested: Any, near: np.ndarray, random_state: Any) -> tuple[f
             shared = search.shared(near)
             found, point = [nested.loss(search, shared.x, train, test)], shared
             for strength in STRENGTHS:
-                problem = search.setup.problem(False, shared.x, strength * abs(shared.value))
                 with contextlib.suppress(bilevel.NotConverged):  # then the point of the strength before stands for it
-                    point = search._descend(problem, point.x, point.y)
+                    point = search.own(shared, strength, point)
                 found.append(nested.loss(search, point.x, train, test))
             return found
 

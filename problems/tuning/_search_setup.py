@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from sklearn.base import clone
@@ -28,7 +29,8 @@ SMOOTH_SCORES = ("neg_mean_squared_error", "neg_log_loss", "r2", "neg_mean_poiss
 @dataclasses.dataclass
 class Setup:
     """Everything about x: `own` says which entries are own penalties, `offset` is log of the parameter at x = 0,
-    `lower`, `upper` its bounds, `scan` the points tried first; `problem(shared, center, strength)` is the problem."""
+    `lower`, `upper` its bounds, `scan` the points tried first; `problem(shared, center, strength, unit)` makes the
+    problem."""
 
     own: np.ndarray
     offset: np.ndarray
@@ -44,13 +46,14 @@ class Setup:
         above = np.where(self.scan > x + 1e-9, self.scan, self.upper).min(axis=0)
         return below, above
 
-    def problem(self, shared: bool, center: np.ndarray, strength: float) -> families.SearchProblem:
-        """Own penalties or one shared one, pulled towards `center`."""
+    def problem(self, shared: bool, center: np.ndarray, strength: float, unit: float) -> families.SearchProblem:
+        """Own penalties or one shared one, pulled towards `center`; the criterion divided by `unit`."""
         weights = self.own / max(1, self.own.sum())
         on_device = lambda a: jnp.asarray(np.asarray(a, float))
         mixing = families.Mixing(on_device(shared), on_device(weights))
         training, judge = self.parts(mixing)
-        return families.SearchProblem(training, judge, mixing, on_device(center), on_device(strength))
+        numbers = (on_device(a) for a in (center, strength, unit))
+        return families.SearchProblem(training, judge, mixing, *numbers)
 
 
 class Family:
@@ -112,13 +115,15 @@ class Family:
         if len(own) != p:
             raise ValueError(f"HypergradientSearchCV: `groups` has {len(own)} entries, but there are {p} features.")
         name, count = self.name, int(own.max()) + 1
-        penalized_intercept = name == "LinearSVC" and estimator.fit_intercept
+        liblinear = name == "LinearSVC" or getattr(estimator, "solver", "") == "liblinear"
+        penalized_intercept = liblinear and estimator.fit_intercept
         intercept = estimator.fit_intercept and not penalized_intercept
         total = folds.train.sum(1, keepdims=True)
-        rows, mean_target, spread_target = _seen(folds, y)
+        rows, mean_target = _seen(folds, y)
         deviation = np.sqrt(_variances(folds.X, rows))
-        size = np.maximum(deviation, 1e-12 * np.abs(folds.X).max())
-        deviation = np.where(deviation > 1e-12 * np.abs(folds.X).max(), deviation, 1.0)
+        least = 1e-12 * np.abs(folds.X).max()
+        size = np.maximum(deviation, least)
+        deviation = np.where(deviation > least, deviation, 1.0)
         variance = float(np.mean(size**2)) or 1.0
         X = folds.X / deviation
         if intercept:  # where the intercept is free, this changes nothing but the condition
@@ -137,8 +142,12 @@ class Family:
             constant = float(estimator.intercept_scaling) if penalized_intercept else 1.0
             X = np.concatenate([X, np.full((K, n, 1), constant)], axis=2)
             unit = np.append(unit, 1.0 if penalized_intercept else 0.0)
-        targets = np.asarray(y, float)
-        if intercept and (squares or name == "HuberRegressor"):
+        targets, spread_target = np.asarray(y, float), 1.0
+        if name == "HuberRegressor":  # in units in which its scale is about one, whatever outliers are like
+            middle = np.median(targets)
+            spread_target = 1.4826 * float(np.median(np.abs(targets - middle))) or float(np.std(targets)) or 1.0
+            targets = (targets - (middle if intercept else 0.0)) / spread_target
+        if intercept and squares:
             targets = targets - folds.train / total @ targets[:, None]  # (K, n)
             assert targets.shape == (K, n)
         start = np.zeros(X.shape[2])
@@ -148,16 +157,17 @@ class Family:
         if self.classes is not None and len(self.classes) > 2:
             start = np.zeros((len(self.classes), X.shape[2]))
         if name == "HuberRegressor":
-            start = np.append(start, np.log(max(spread_target, 1e-12)))
-        criterion = CrossValidation(
-            *(jnp.asarray(a, float) for a in (X, targets, start, train, self._judged(folds, y)))
-        )
+            start = np.append(start, 0.0)
+        judged_rows = self._judged(folds, y) * spread_target**2
+        criterion = CrossValidation(*(jnp.asarray(a, float) for a in (X, targets, start, train, judged_rows)))
         as_jax = lambda *arrays: tuple(jnp.asarray(a, float) for a in arrays)
         judge = families.Judge(criterion, judged)
         if name in ("Lasso", "ElasticNet"):
             slopes = np.abs(np.einsum("kn,knp->kp", train * np.broadcast_to(targets, (K, n)), X)[:, :p]) * deviation
             top = float(slopes.max())
             top = np.log(top if top > 0 else 1.0)
+            # the smallest features have penalties of their own size
+            further = float(np.log(np.max(size) / np.min(size, where=size > least, initial=np.max(size))))
             step = jnp.asarray(exact_step_length(X, train))
             grams = Grams(X, targets, train) if X.shape[2] <= X.shape[1] else None
             if name == "Lasso":
@@ -166,24 +176,29 @@ class Family:
                 top_, unit_ = as_jax(offset, unit)
                 weights = lambda mixing: families.Absolute(mixing, top_, spread, unit_)
                 parts = lambda mixing: (families.sparse(criterion, weights(mixing), step, grams), judge)
-                scan = np.linspace(-0.25, -7.5, 16)[:, None] * np.ones(count)
-                return Setup(np.ones(count, bool), offset, np.full(count, -9.0), np.zeros(count), scan, parts, True)
+                low = -9 - further
+                scan = np.linspace(-0.25, low + 1.5, int(np.ceil((-1.75 - low) / 0.5)) + 1)[:, None] * np.ones(count)
+                return Setup(np.ones(count, bool), offset, np.full(count, low), np.zeros(count), scan, parts, True)
             if count > 1:
                 raise ValueError("HypergradientSearchCV: ElasticNet is tuned with penalties='shared' only.")
             offset = np.array([top, np.log(variance)])
             both = families.Both(*as_jax(offset, unit, copies))
             parts = lambda mixing: (families.sparse(criterion, both, step, grams), judge)
-            scan = np.array([(a, b) for a in (-1.0, -2.5, -4.0, -5.5, -7.0) for b in (-9.0, -5.0, -2.0, 0.0)])
-            return Setup(np.zeros(2, bool), offset, np.array([-9.0, -12.0]), np.array([0.0, 4.0]), scan, parts, True)
+            firsts = -1.0 - 1.5 * np.arange(5 + np.ceil(further / 1.5))
+            others = (*(-9.0 - 4 * np.arange(np.ceil(further / 2), 0, -1)), -9.0, -5.0, -2.0, 0.0)
+            scan = np.array([(a, b) for a in firsts for b in others])
+            lower = np.array([-9 - further, -12 - 2 * further])
+            return Setup(np.zeros(2, bool), offset, lower, np.array([0.0, 4.0]), scan, parts, True)
         scale = {"PoissonRegressor": 1.0, "HuberRegressor": 2 / average}.get(name, 1 / average)
         center = np.log(variance / (p * scale))
-        if name == "HuberRegressor":
-            center -= np.log(max(spread_target, 1e-12))
-        offset = np.full(count, center)
+        if name == "PoissonRegressor":  # the curvature is the mean
+            center += np.log(max(mean_target, 1e-12))
+        # Huber's loss grows like the targets, the penalty like their squares
+        offset = np.full(count, center - np.log(spread_target))
         square = unit**2 * scale
         if name == "HuberRegressor":  # the last weight is its scale
             square = np.append(square, 0.0)
-        spread, (offset_, square_) = families.Spread(own, len(square) - p), as_jax(offset, square)
+        spread, (offset_, square_) = families.Spread(own, len(square) - p), as_jax(np.full(count, center), square)
 
         def smooth_parts(mixing):
             penalties = families.Quadratic((count,), mixing, offset_, spread, square_)
@@ -290,12 +305,11 @@ class Family:
         return FeatureScaled(estimator.set_params(**numbers, **{name: middle}), scale)
 
 
-def _seen(folds: Folds, y: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """The share of each row in what folds train and judge on, and mean and deviation of the targets by it."""
+def _seen(folds: Folds, y: np.ndarray) -> tuple[np.ndarray, float]:
+    """The share of each row in what folds train and judge on, and the mean of the targets by it."""
     rows = folds.train.sum(0)
     rows = rows / rows.sum()
-    mean = float(rows @ y)
-    return rows, mean, float(np.sqrt(rows @ (y - mean) ** 2))
+    return rows, float(rows @ y)
 
 
 def _variances(X: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -313,7 +327,8 @@ def _judged_multinomial(X, w, targets):
 
 
 def _judged_poisson(X, w, targets):
-    return families.poisson(None, X, w, targets)
+    """The deviance."""
+    return 2 * (families.poisson(None, X, w, targets) + jax.scipy.special.xlogy(targets, targets) - targets)
 
 
 def _judged_hinge(X, w, targets):
@@ -335,8 +350,17 @@ def _check_options(estimator: Any) -> None:
         "Ridge": {"positive": (False,)},
         "Lasso": {"positive": (False,)},
         "ElasticNet": {"positive": (False,)},
-        "LogisticRegression": {"class_weight": (None,), "l1_ratio": (None, 0, 0.0)},
-        "LinearSVC": {"class_weight": (None,), "loss": ("squared_hinge",), "penalty": ("l2",)},
+        "LogisticRegression": {
+            "class_weight": (None,),
+            "l1_ratio": (None, 0, 0.0),
+            "penalty": ("l2", "deprecated"),
+        },
+        "LinearSVC": {
+            "class_weight": (None,),
+            "loss": ("squared_hinge",),
+            "penalty": ("l2",),
+            "multi_class": ("ovr",),
+        },
         "SVC": {"class_weight": (None,)},
     }
     for option, allowed in wanted.get(name, {}).items():

@@ -23,7 +23,7 @@ from bilevel._compiling import one_thread
 from ._penalties import group_numbers
 from ._search_folds import final_step, fold_data
 from ._search_loop import SMALL, Search, choose_strength
-from ._search_setup import SUPPORTED, Family
+from ._search_setup import SMOOTH_SCORES, SUPPORTED, Family
 
 KINDS = ("shared", "per-feature")
 
@@ -45,7 +45,8 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
     the squared error, the log loss, the squared hinge (`LinearSVC`) or the log loss of decision values (`SVC`, with a
     rounded hinge). `shrinkage`: how strongly own log-penalties are pulled to their shared value: 0, a number (in units
     of the shared optimum's value), or "auto": by nested cross-validation over strengths and infinity, the largest
-    within one standard error (of paired differences) of the best. `n_iter`, `tol`: of the outer optimization.
+    within one standard error (of paired differences) of the best; own penalties are then searched until five steps gain
+    less than half a percent. `n_iter`, `tol`: of the outer optimization otherwise.
     `random_state`: of the nested splits. `verbose`: 1: a progress bar.
 
     **Attributes:** `best_params_`, `best_score_`, `best_estimator_`, `hypergradient_history_` (a dict a step: `step`,
@@ -92,7 +93,15 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
         score, self.scorer_ = self._scoring(last)
         family = Family(last, score)
         splitter: Any = check_cv(self.cv, y, classifier=classifier)
-        pairs = [(np.asarray(a), np.asarray(b)) for a, b in splitter.split(rows, y)]
+        try:
+            pairs = [(np.asarray(a), np.asarray(b)) for a, b in splitter.split(rows, y)]
+        except ValueError as error:
+            if "groups" not in str(error):
+                raise
+            raise ValueError(
+                f"HypergradientSearchCV: {type(splitter).__name__} needs groups of rows, which `fit` does not take "
+                "(`groups` are groups of features); pass cv=list(splitter.split(X, y, groups))."
+            ) from error
         self.n_splits_ = len(pairs)
         if classifier:
             self._classes(y, pairs, weights, judged=score == "neg_log_loss")
@@ -105,21 +114,34 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
             several = int(search.setup.own.sum()) > 1
             self.shrinkage_ = np.inf if not several else self.shrinkage
             if several and self.shrinkage == "auto":
-                nested = _Nested(self, family, before, rows, y, targets, weights, own, classifier)
+                nested = _Nested(self, family, before, rows, y, targets, weights, own, classifier, search.unit)
                 self.shrinkage_, self.shrinkage_scores_ = choose_strength(nested, shared.x, self.random_state)
+                search.tol = max(ROUGH, self.tol)  # what was judged is what is taken
             found = shared if np.isinf(self.shrinkage_) else search.own(shared, float(self.shrinkage_))
         if search.failed:
-            warnings.warn(
-                f"HypergradientSearchCV: a hypergradient failed {len(search.failed)} times, and the search went on "
-                f"without it; a better penalty may have been missed. The first time, {search.failed[0]}",
-                ConvergenceWarning, stacklevel=2,
-            )  # fmt: skip
+            _warn(
+                f"a hypergradient failed {len(search.failed)} times, and the search went on without it; a better "
+                f"penalty may have been missed. The first time, {search.failed[0]}"
+            )
+        if PRESSED < found.pressed < PERFECT:
+            _warn(
+                "a penalty ended at a bound of the search, beyond which the criterion still falls, by "
+                f"{found.pressed:.1%} for each unit of its logarithm: try further ones by hand, or scale the features."
+            )
         self.hypergradient_history_ = found.history
         single = not several
         self.best_params_ = self._named(family, prefix, search, found.x, own, single)
         self.best_estimator_ = self._final(family, search, found.x, own, single)
         fit_options = {} if weights is None else {f"{prefix}sample_weight": weights}
         self.best_score_ = self._score_of_folds(rows, y, pairs, weights, prefix)
+        expected = 1 - found.value if score == "r2" else -found.value
+        if score in SMOOTH_SCORES and np.isinf(self.shrinkage_) and weights is None:
+            gap = abs(self.best_score_ - expected)
+            if gap > APART * abs(found.value) + 1e-3 * search.worst:
+                _warn(
+                    f"scikit-learn's fits with the penalty found score {self.best_score_:.6g}, those of the search "
+                    f"{expected:.6g}: does the estimator converge (its `tol`, `max_iter`)?"
+                )
         self.best_estimator_.fit(rows, y, **fit_options)
         if hasattr(self.best_estimator_, "classes_"):
             self.classes_ = self.best_estimator_.classes_
@@ -300,16 +322,27 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
         return tags
 
 
-ROUGH = 1e-2
-"""Tolerance of the searches within splits: strengths are told apart by test losses, with larger standard errors."""
+PRESSED, PERFECT, APART = 0.01, 0.5, 0.05
+"""What is worth a warning: the share of the criterion by which it falls at a bound for each unit of a log-penalty (at
+most so large: else it falls like a power of the penalty, to the zero of a perfect fit), and by which scikit-learn's
+scores differ from it."""
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"HypergradientSearchCV: {what}", ConvergenceWarning, stacklevel=3)
+
+
+ROUGH = 5e-2
+"""Tolerance of searches for own penalties where "auto" chooses how strong their pull is: what the last half percent of
+the criterion is worth on other rows, five splits cannot tell."""
 
 
 class _Nested:
     """What `choose_strength` asks: outer splits, the search within one, and the loss on what it leaves out."""
 
-    def __init__(self, search: HypergradientSearchCV, family, before, rows, y, targets, weights, own, classifier: bool):
+    def __init__(self, search: HypergradientSearchCV, family, before, rows, y, targets, weights, own, classifier, unit):
         self.search, self.family, self.before, self.rows, self.y = search, family, before, rows, y
-        self.targets, self.weights, self.own, self.classifier = targets, weights, own, classifier
+        self.targets, self.weights, self.own, self.classifier, self.unit = targets, weights, own, classifier, unit
 
     @property
     def on_device(self) -> bool:
@@ -344,7 +377,7 @@ class _Nested:
         pairs = [(rows[a], rows[b]) for a, b in pairs]
         folds = fold_data(self.before, self.rows, self.y, pairs, self.weights)
         setup = self.family.setup(folds, self.targets, self.own)
-        return Search(setup, min(40, self.search.n_iter), max(ROUGH, self.search.tol), 0)
+        return Search(setup, min(40, self.search.n_iter), max(ROUGH, self.search.tol), 0, self.unit)
 
     def loss(self, search: Search, x: np.ndarray, train: np.ndarray, test: np.ndarray) -> float:
         """Minus the score on the test rows of the estimator at x, fitted on the training rows."""

@@ -36,7 +36,7 @@ GRID = np.logspace(-4, 4, 60)
         ),
         pytest.param(sk.Lasso(), B, "alpha", marks=pytest.mark.slow),
         pytest.param(make_pipeline(StandardScaler(), KernelRidge()), B, "kernelridge__alpha", marks=pytest.mark.slow),
-        pytest.param(sk.PoissonRegressor(max_iter=1000), np.exp(0.3 * B), "alpha", marks=pytest.mark.slow),
+        pytest.param(sk.PoissonRegressor(max_iter=1000, tol=1e-7), np.exp(0.3 * B), "alpha", marks=pytest.mark.slow),
         pytest.param(sk.HuberRegressor(max_iter=1000), B, "alpha", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
