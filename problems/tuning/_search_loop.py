@@ -1,10 +1,8 @@
-"""The search's optimizations: one shared penalty, own penalties pulled towards it, and how strongly."""
+"""The search's optimizations: one shared penalty, and own penalties pulled towards it."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -16,10 +14,6 @@ import bilevel
 from bilevel._compiling import quickly
 
 from ._search_setup import Setup
-
-STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01)
-"""What "auto" tries besides infinity, in units of the criterion at the shared optimum."""
-
 
 INNER_STEPS, SWEEPS = 200, 10**5
 """Of an inner solver, and of coordinate descent in all folds together: a fit that takes more, at an extreme penalty, is
@@ -109,16 +103,23 @@ class Search:
         return found if found.value <= best.value + 1e-4 * abs(best.value) else best
 
     def _descend(self, problem: Any, x: np.ndarray, y: Any, bounds: Any = None) -> Point:
-        lower, upper = bounds or (self.setup.lower, self.setup.upper)
-        states, failure = self._minimize(problem, x, y, self.n_iter, (lower, upper))
+        return self._point(problem, self._states(problem, x, y, bounds or (self.setup.lower, self.setup.upper)))
+
+    def _states(
+        self, problem: Any, x: np.ndarray, y: Any, bounds: tuple[np.ndarray, np.ndarray]
+    ) -> list[bilevel.State]:
+        """The accepted points. Where a long step led to where the estimator cannot be trained, shorter ones go on."""
+        lower, upper = bounds
+        states, failure = self._minimize(problem, x, y, self.n_iter, bounds)
         radius = 1.0
-        for _ in range(AGAIN):  # a long step led to where the estimator cannot be trained: shorter ones
-            if not failure:
+        for _ in range(AGAIN):
+            left = self.n_iter - (len(states) - 1)
+            if not failure or left < 1:
                 break
-            last = states[-1]
-            box = np.maximum(lower, np.asarray(last.x) - radius), np.minimum(upper, np.asarray(last.x) + radius)
+            x = np.asarray(states[-1].x)
+            box = np.maximum(lower, x - radius), np.minimum(upper, x + radius)
             try:
-                more, again = self._minimize(problem, np.asarray(last.x), last.y, self.n_iter, box)
+                more, again = self._minimize(problem, x, states[-1].y, left, box)
             except bilevel.NotConverged:
                 break
             states += more[1:]
@@ -127,20 +128,24 @@ class Search:
             failure, radius = again or (failure if at_edge else ""), 0.3 * radius if again else radius
         if failure:
             self.failed.append(failure)
+        return states
+
+    def _point(self, problem: Any, states: list[bilevel.State]) -> Point:
+        """Where they end, and the history, in the criterion's own units."""
+        setup, unit, found = self.setup, self.unit, states[-1]
         history = [
             {
-                "step": k, "value": s.value * self.unit, "gradient_norm": float(np.linalg.norm(s.gradient)) * self.unit,
-                "error": s.error * self.unit,
+                "step": k, "value": s.value * unit, "gradient_norm": float(np.linalg.norm(s.gradient)) * unit,
+                "error": s.error * unit,
             }
             for k, s in enumerate(states)
         ]  # fmt: skip
-        found = states[-1]
         x, slope = np.asarray(found.x), np.asarray(found.gradient)
-        outward = np.where(x <= self.setup.lower, slope, 0) - np.where(x >= self.setup.upper, slope, 0)
-        pressed = float(np.sum(np.maximum(outward, 0)))
+        outward = np.where(x <= setup.lower, slope, 0) - np.where(x >= setup.upper, slope, 0)
         if float(problem.mixing.shared) > 0:
-            x = np.where(self.setup.own, np.mean(x[self.setup.own]) if self.setup.own.any() else 0.0, x)
-        return Point(np.clip(x, self.setup.lower, self.setup.upper), found.y, history[-1]["value"], history, pressed)
+            x = np.where(setup.own, np.mean(x[setup.own]) if setup.own.any() else 0.0, x)
+        x, pressed = np.clip(x, setup.lower, setup.upper), float(np.sum(np.maximum(outward, 0)))
+        return Point(x, found.y, history[-1]["value"], history, pressed)
 
     def _minimize(self, problem: Any, x: np.ndarray, y: Any, steps: int, bounds: Any = None) -> tuple[list, str]:
         """What was accepted, the start first, until a hypergradient on the way failed, and how that was said; raises
@@ -169,38 +174,3 @@ class Search:
                 raise
             return states, f"after {len(states) - 1} outer steps: {error}"
         return states, ""
-
-
-def choose_strength(nested: Any, near: np.ndarray, random_state: Any) -> tuple[float, dict[float, list[float]]]:
-    """The largest strength whose mean test loss over the nested splits is within one standard error of the best's, the
-    error being that of the paired differences; infinity is one of them. Splits are searched side by side, in threads:
-    all run the same compiled program, and most of the time is spent in it. Not so where it calls the host back."""
-
-    def one(split: tuple[np.ndarray, np.ndarray]) -> list[float] | None:
-        train, test = split
-        with jax.enable_x64(True):  # a setting of the thread
-            search = nested.inner(train)
-            if search is None:
-                return None
-            shared = search.shared(near)
-            found, point = [nested.loss(search, shared.x, train, test)], shared
-            for strength in STRENGTHS:
-                with contextlib.suppress(bilevel.NotConverged):  # then the point of the strength before stands for it
-                    point = search.own(shared, strength, point)
-                found.append(nested.loss(search, point.x, train, test))
-            return found
-
-    splits = nested.splits(random_state)
-    threads = min(len(splits), os.cpu_count() or 1) if nested.on_device else 1
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        rows = [row for row in pool.map(one, splits) if row is not None]
-    losses = {strength: [row[k] for row in rows] for k, strength in enumerate((np.inf, *STRENGTHS))}
-    if len(rows) < 2:
-        return np.inf, losses
-    table = {s: np.array(v) for s, v in losses.items()}
-    best = min(table, key=lambda s: table[s].mean())
-    for strength in table:  # from the largest
-        gap = table[strength] - table[best]
-        if gap.mean() <= gap.std(ddof=1) / np.sqrt(len(gap)):
-            return strength, losses
-    return best, losses

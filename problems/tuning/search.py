@@ -22,7 +22,8 @@ from bilevel._compiling import one_thread
 
 from ._penalties import group_numbers
 from ._search_folds import final_step, fold_data
-from ._search_loop import SMALL, Search, choose_strength
+from ._search_loop import SMALL, Search
+from ._search_nested import ROUGH, Nested, choose_strength
 from ._search_setup import SMOOTH_SCORES, SUPPORTED, Family
 
 KINDS = ("shared", "per-feature")
@@ -46,7 +47,8 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
     rounded hinge). `shrinkage`: how strongly own log-penalties are pulled to their shared value: 0, a number (in units
     of the shared optimum's value), or "auto": by nested cross-validation over strengths and infinity, the largest
     within one standard error (of paired differences) of the best; own penalties are then searched until five steps gain
-    less than half a percent. `n_iter`, `tol`: of the outer optimization otherwise.
+    less than half a percent. Its splits are of rows at random: where rows come in groups, choose a number. `n_iter`,
+    `tol`: of the outer optimization otherwise.
     `random_state`: of the nested splits. `verbose`: 1: a progress bar.
 
     **Attributes:** `best_params_`, `best_score_`, `best_estimator_`, `hypergradient_history_` (a dict a step: `step`,
@@ -114,7 +116,7 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
             several = int(search.setup.own.sum()) > 1
             self.shrinkage_ = np.inf if not several else self.shrinkage
             if several and self.shrinkage == "auto":
-                nested = _Nested(self, family, before, rows, y, targets, weights, own, classifier, search.unit)
+                nested = Nested(self, family, before, rows, y, targets, weights, own, classifier, search.unit)
                 self.shrinkage_, self.shrinkage_scores_ = choose_strength(nested, shared.x, self.random_state)
                 search.tol = max(ROUGH, self.tol)  # what was judged is what is taken
             found = shared if np.isinf(self.shrinkage_) else search.own(shared, float(self.shrinkage_))
@@ -330,60 +332,3 @@ scores differ from it."""
 
 def _warn(what: str) -> None:
     warnings.warn(f"HypergradientSearchCV: {what}", ConvergenceWarning, stacklevel=3)
-
-
-ROUGH = 5e-2
-"""Tolerance of searches for own penalties where "auto" chooses how strong their pull is: what the last half percent of
-the criterion is worth on other rows, five splits cannot tell."""
-
-
-class _Nested:
-    """What `choose_strength` asks: outer splits, the search within one, and the loss on what it leaves out."""
-
-    def __init__(self, search: HypergradientSearchCV, family, before, rows, y, targets, weights, own, classifier, unit):
-        self.search, self.family, self.before, self.rows, self.y = search, family, before, rows, y
-        self.targets, self.weights, self.own, self.classifier, self.unit = targets, weights, own, classifier, unit
-
-    @property
-    def on_device(self) -> bool:
-        """Whether no inner solver is a function on the host, as that of large lassos is."""
-        return self.family.name not in ("Lasso", "ElasticNet")
-
-    def splits(self, random_state: Any) -> list:
-        """The outer splits: five, shuffled (stratified for classifiers), or as many as the smallest class allows."""
-        from sklearn.model_selection import KFold, StratifiedKFold
-
-        if not self.classifier:
-            return list(KFold(min(5, len(self.y)), shuffle=True, random_state=random_state).split(self.targets))
-        count = min(5, int(np.unique(self.y, return_counts=True)[1].min()))
-        if count < 2:
-            return []
-        folds = StratifiedKFold(count, shuffle=True, random_state=random_state)
-        return list(folds.split(self.targets, self.y))
-
-    def inner(self, rows: np.ndarray) -> Search | None:
-        """The search on the training rows of an outer split, or None where folds would lack a class."""
-        own_splits = self.search.cv if not hasattr(self.search.cv, "__iter__") else self.search.n_splits_
-        labels = self.y[rows]
-        try:
-            splitter: Any = check_cv(own_splits, labels, classifier=self.classifier)
-            pairs = list(splitter.split(rows, labels))
-        except ValueError:
-            return None
-        if len(pairs) != self.search.n_splits_:
-            return None
-        if self.classifier and any(len(np.unique(labels[a])) < len(np.unique(self.y)) for a, _ in pairs):
-            return None
-        pairs = [(rows[a], rows[b]) for a, b in pairs]
-        folds = fold_data(self.before, self.rows, self.y, pairs, self.weights)
-        setup = self.family.setup(folds, self.targets, self.own)
-        return Search(setup, min(40, self.search.n_iter), max(ROUGH, self.search.tol), 0, self.unit)
-
-    def loss(self, search: Search, x: np.ndarray, train: np.ndarray, test: np.ndarray) -> float:
-        """Minus the score on the test rows of the estimator at x, fitted on the training rows."""
-        model = self.search._final(self.family, search, x, self.own, False)
-        options = {}
-        if self.weights is not None:
-            options = {f"{final_step(self.search.estimator)[2]}sample_weight": self.weights[train]}
-        model.fit(_safe_indexing(self.rows, train), self.y[train], **options)
-        return -float(self.search.scorer_(model, _safe_indexing(self.rows, test), self.y[test]))
