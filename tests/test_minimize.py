@@ -93,19 +93,20 @@ def test_max_steps_is_a_result_not_an_exception():
     assert result.steps == 2
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("method", ["l-bfgs-b", "trust-region", "newton-cg", optax.adam(0.1)], ids=str)
+@pytest.mark.parametrize("method", ["l-bfgs-b", "trust-region", "newton-cg", "adam"])
 def test_a_callback_ends_it(method):
     def callback(state):
         if state.step == 2:
             raise StopIteration
 
+    method = optax.adam(0.1) if method == "adam" else method
     result = bilevel.minimize(PROBLEM, X0, Y0, method=method, callback=callback)
     assert result.steps == len(result.history) - 1 == 2
     assert not result.converged
     assert result.message.startswith("the callback ended it with a projected gradient of ")
 
 
+@pytest.mark.long
 def test_the_accuracy_follows_the_outer_steps(usual):
     """Cold inner solves at a fixed 1e-8 tolerance cost at least three times the inner gradients for the same value."""
     evaluations = 0
