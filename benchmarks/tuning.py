@@ -53,6 +53,10 @@ STEPS = 10**4
 """Steps of the outer methods, which time ends."""
 
 
+_FAILS = (jax.errors.JaxRuntimeError, ValueError)
+"""What JAX raises out of a callback, the one or the other."""
+
+
 class _OutOfTime(Exception):
     pass
 
@@ -152,7 +156,7 @@ def loop(case: Case, package: str, limit: float) -> Line | None:
     points: list[np.ndarray] = []
     try:
         function(np.asarray(x0, float).ravel())
-    except jax.errors.JaxRuntimeError as error:
+    except _FAILS as error:
         print(f"  {package} loop: fails at its first hypergradient ({type(error).__name__})")
         return None
     ends: Any = [np.broadcast_to(side, x0.shape).ravel() for side in case.bounds]
@@ -168,7 +172,7 @@ def loop(case: Case, package: str, limit: float) -> Line | None:
         )  # fmt: skip
     except _OutOfTime:
         pass
-    except (jax.errors.JaxRuntimeError, ValueError) as error:  # jax raises the one or the other out of a callback
+    except _FAILS as error:
         print(f"  {package} loop: fails after {len(seen)} hypergradients ({type(error).__name__})")
     seconds = time.perf_counter() - begin
     best = int(np.argmin([value for _, value in seen]))

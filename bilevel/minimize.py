@@ -116,10 +116,9 @@ def minimize(
     is at most tol · max(1, the first one's). `max_steps`: outer steps. `rtol`: accuracy of each hypergradient; None:
     what the outer step needs. `ftol` ("l-bfgs-b"): end where eight evaluations in a row lowered the value by less than
     this, relatively; where h has kinks its gradient need not vanish, and line searches close in on kinks in ever
-    smaller steps. `callback(state)`: called after each step; it may raise `StopIteration`
-    to end here. `progress`: a bar with value, gradient norm, hypergradient
-    error and time left. `checkpoint`: a file; the same call made again goes on from there. `solver`, `adjoint`,
-    `max_inner_steps`: as for `hypergradient`.
+    smaller steps. `callback(state)`: called after each step; it may raise `StopIteration` to end here. `progress`: a
+    bar with value, gradient norm, hypergradient error and time left. `checkpoint`: a file; the same call made again
+    goes on from there. `solver`, `adjoint`, `max_inner_steps`: as for `hypergradient`.
 
     **Returns:** a `Result`; reaching `max_steps` or round-off gives `converged=False` and a message.
 

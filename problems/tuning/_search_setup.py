@@ -91,9 +91,7 @@ class Family:
 
     def _columns(self, folds: Folds) -> np.ndarray:
         """The features in all rows of all folds, as an intercept leaves them, shape (K n, p)."""
-        X = folds.X
-        if self.estimator.fit_intercept:
-            X = X - np.einsum("kn,knp->kp", folds.train / folds.train.sum(1, keepdims=True), X)[:, None]
+        X = _centred(folds.X, folds.train) if self.estimator.fit_intercept else folds.X
         return X.reshape(-1, X.shape[2])
 
     def setup(self, folds: Folds, y: np.ndarray, own: np.ndarray) -> Setup:
@@ -127,7 +125,7 @@ class Family:
         variance = float(np.mean(size**2)) or 1.0
         X = folds.X / deviation
         if intercept:  # where the intercept is free, this changes nothing but the condition
-            X = X - np.einsum("kn,knp->kp", folds.train / total, X)[:, None]
+            X = _centred(X, folds.train)
         copies = np.ones(p)
         if name in ("Lasso", "ElasticNet"):  # of equal features with one penalty the first stands for all
             first = repeated(self._columns(folds))
@@ -167,7 +165,8 @@ class Family:
             top = float(slopes.max())
             top = np.log(top if top > 0 else 1.0)
             # the smallest features have penalties of their own size
-            further = float(np.log(np.max(size) / np.min(size, where=size > least, initial=np.max(size))))
+            sizes = size[size > least]
+            further = float(np.log(sizes.max() / sizes.min())) if sizes.size else 0.0
             step = jnp.asarray(exact_step_length(X, train))
             grams = Grams(X, targets, train) if X.shape[2] <= X.shape[1] else None
             if name == "Lasso":
@@ -310,6 +309,11 @@ def _seen(folds: Folds, y: np.ndarray) -> tuple[np.ndarray, float]:
     rows = folds.train.sum(0)
     rows = rows / rows.sum()
     return rows, float(rows @ y)
+
+
+def _centred(X: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """X, of shape (K, n, p), less the mean of each fold's training rows."""
+    return X - np.einsum("kn,knp->kp", train / train.sum(1, keepdims=True), X)[:, None]
 
 
 def _variances(X: np.ndarray, rows: np.ndarray) -> np.ndarray:

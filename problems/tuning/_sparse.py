@@ -228,12 +228,13 @@ def repeated(X: Float[np.ndarray, "n p"]) -> np.ndarray:
     first = np.arange(p)
     marks = np.abs(np.random.default_rng(0).normal(size=n) @ X)  # equal where columns are
     order, alike = np.argsort(marks, kind="stable"), _ALIKE * sizes * np.sqrt(n)
+    order = order[sizes[order] > 0]  # zeros, of which there may be thousands, have no weight
     for here, j in enumerate(order):
         for i in order[here + 1 :]:
             if marks[i] - marks[j] > alike[i] + alike[j]:
                 break
             sign = np.sign(X[:, i] @ X[:, j])
-            if sizes[i] > 0 and np.linalg.norm(X[:, i] - sign * X[:, j]) <= _ALIKE * sizes[i]:
+            if np.linalg.norm(X[:, i] - sign * X[:, j]) <= _ALIKE * sizes[i]:
                 first[[i, j]] = min(first[i], first[j])
     return first
 

@@ -48,8 +48,7 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):
     of the shared optimum's value), or "auto": by nested cross-validation over strengths and infinity, the largest
     within one standard error (of paired differences) of the best; own penalties are then searched until five steps gain
     less than half a percent. Its splits are of rows at random: where rows come in groups, choose a number. `n_iter`,
-    `tol`: of the outer optimization otherwise.
-    `random_state`: of the nested splits. `verbose`: 1: a progress bar.
+    `tol`: of the outer optimization otherwise. `random_state`: of the nested splits. `verbose`: 1: a progress bar.
 
     **Attributes:** `best_params_`, `best_score_`, `best_estimator_`, `hypergradient_history_` (a dict a step: `step`,
     `value`, `gradient_norm`, `error`), `shrinkage_` (the strength used), `shrinkage_scores_` ("auto": strength -> test

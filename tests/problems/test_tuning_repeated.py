@@ -42,6 +42,11 @@ def test_no_column_repeats_a_constant_or_a_scaled_one():
     np.testing.assert_array_equal(repeated(columns), np.arange(4))
 
 
+def test_features_of_zeros_alone_leave_the_mean():
+    found = HypergradientSearchCV(sk.Lasso(), cv=3).fit(np.zeros((60, 2)), Y)
+    np.testing.assert_allclose(found.predict(np.zeros((1, 2))), Y.mean())
+
+
 @pytest.mark.long
 def test_the_lasso_is_tuned_as_without_them():
     once, twice = (LassoTuning(data[:40], Y[:40], data[40:], Y[40:]) for data in (X, TWICE))
